@@ -1,0 +1,102 @@
+"""Problem -> Config: the only file that names an architecture, a tile size or a warp count."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from flashtile.plan.problem import Problem, Workload
+from flashtile.plan.worklist import Tiling
+
+BACKENDS = ("auto", "fa2", "fa3")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one plan runs: kernel family, tile sizes, and what the scheduler should assume.
+
+    block_m: packed query rows of a tile (tokens x pack); block_n: KV tokens of a step; pack: query heads packed into rows.
+    ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry (0: all).
+    kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice).
+    """
+
+    family: str
+    block_m: int
+    block_n: int
+    pack: int
+    num_warps: int = 4
+    num_stages: int = 2
+    ctas_per_sm: int = 1
+    item_cost: float = 1.0
+    split_cost: float = 1.0
+    heads_per_item: int = 0
+    kv_chunk: int = 0
+    split: bool = True
+
+    def tiling(self, problem: Problem, num_sms: int) -> Tiling:
+        """The scheduler's view of this configuration."""
+        groups = problem.num_qo_heads // self.pack
+        return Tiling(
+            block_m=self.block_m,
+            block_n=self.block_n,
+            pack=self.pack,
+            num_head_groups=groups,
+            heads_per_item=self.heads_per_item or groups,
+            capacity=num_sms * self.ctas_per_sm,
+            item_cost=self.item_cost,
+            split_cost=self.split_cost,
+            kv_chunk=self.kv_chunk,
+            split=self.split,
+        )
+
+
+@cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability, (0, 0) on the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def choose(problem: Problem, work: Workload, device: torch.device, backend: str = "auto") -> Config:
+    """The configuration for a problem on a device.
+
+    Args:
+        backend: "auto"; "fa2": the portable family; "fa3": the Hopper family. On the CPU all three mean the CPU family.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if device.type == "cpu":
+        # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
+        group = problem.group_size
+        return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
+    return portable(problem, work)
+
+
+def portable(p: Problem, w: Workload) -> Config:
+    """The portable family's rows: the first that fits wins."""
+    rows = w.max_qo_len * p.group_size
+    wide = max(p.head_dim_qk, p.head_dim_vo)
+    fp32 = p.q_dtype == torch.float32
+    if rows <= 16:
+        # one tensor-core row of 16 holds the group: the loop is bound by memory, 2 CTAs x 3 stages keep it fed
+        if wide <= 128:
+            return Config("portable", 16, 64, p.group_size, num_warps=4, num_stages=2 if fp32 else 3, ctas_per_sm=2)
+        return Config("portable", 16, 32, p.group_size, num_warps=4, num_stages=2, ctas_per_sm=2 if wide <= 256 else 1)
+    if rows <= 64 or wide > 256 or fp32:
+        if wide > 128:
+            return Config(
+                "portable", 32 if fp32 else 64, 32, p.group_size, num_warps=8, num_stages=1 if wide > 256 else 2
+            )
+        return Config("portable", 64, 32 if fp32 else 64, p.group_size, num_warps=4, num_stages=2, ctas_per_sm=2)
+    if wide > 128:
+        return Config("portable", 64, 64, p.group_size, num_warps=8, num_stages=2, split_cost=4.0)
+    # enough rows for a full tile: bound by arithmetic
+    return Config("portable", 128, 64, p.group_size, num_warps=8, num_stages=2, split_cost=4.0)

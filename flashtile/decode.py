@@ -1,0 +1,238 @@
+"""Decode attention: one query token per request. Defined by reference/attention.py.
+
+FlashAttention-2 (arXiv:2307.08691) with the KV of a request split among CTAs where the batch is small (Flash-Decoding).
+"""
+
+from functools import partialmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashtile.attention import (
+    PagedKV,
+    PlannedOp,
+    check_dtypes,
+    check_pos_encoding,
+    host_ints,
+    reject,
+    scale_output,
+    scaled,
+    single,
+    split_paged_cache,
+    to_dtype,
+)
+from flashtile.checks import check_shape, check_tensor
+from flashtile.plan.problem import Problem
+
+
+def single_decode_with_kv_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    use_tensor_cores: bool = False,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of one token over the KV of one request (arXiv:2307.08691).
+
+    Args:
+        q: [num_qo_heads, head_dim], fp16, bf16 or fp32.
+        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ.
+        kv_layout: "NHD" or "HND".
+        pos_encoding_mode: "NONE".
+        use_tensor_cores: a hint; results do not depend on it.
+        q_scale, k_scale: factors on the logits; v_scale: factor on the output. Python floats or CPU scalars.
+        window_left: the token sees itself and this many keys before it; -1: all.
+        logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
+        sm_scale: factor on q.k; default head_dim ** -0.5.
+        rope_scale, rope_theta: for pos_encoding_mode="ROPE_LLAMA".
+
+    Returns:
+        out [num_qo_heads, head_dim_vo]; with return_lse also lse [num_qo_heads], fp32, base 2.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit. KeyError: an unknown layout or mode.
+    """
+    check_pos_encoding(pos_encoding_mode)
+    reject(rope_scale=rope_scale, rope_theta=rope_theta)
+    check_shape("q", q, ("num_qo_heads", "head_dim"))
+    scale = scaled(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, q_scale=q_scale, k_scale=k_scale)
+    out, lse = single(
+        q[None],
+        k,
+        v,
+        kv_layout=kv_layout,
+        causal=False,
+        window_left=window_left,
+        logits_soft_cap=logits_soft_cap,
+        sm_scale=scale,
+    )
+    scale_output(out, v_scale)
+    return (out[0], lse[0]) if return_lse else out[0]
+
+
+class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
+    """Decode attention of a batch over a paged KV cache: plan() once a step, run() once a layer.
+
+    Args:
+        float_workspace_buffer: scratch memory on the device, any dtype; `workspace_size()` tells what a plan needs.
+        kv_layout: "NHD" (cache [pages, page_size, heads, dim]) or "HND" ([pages, heads, page_size, dim]).
+        use_tensor_cores: a hint; results do not depend on it.
+        backend: "auto", "fa2" (the portable family) or "fa3" (the Hopper family).
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+        paged_kv_indptr_buffer: Tensor | None = None,
+        paged_kv_indices_buffer: Tensor | None = None,
+        paged_kv_last_page_len_buffer: Tensor | None = None,
+        backend: str = "auto",
+        jit_args: list[Any] | None = None,
+    ) -> None:
+        reject(
+            use_cuda_graph=use_cuda_graph,
+            paged_kv_indptr_buffer=paged_kv_indptr_buffer,
+            paged_kv_indices_buffer=paged_kv_indices_buffer,
+            paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
+            jit_args=jit_args,
+        )
+        super().__init__(float_workspace_buffer, kv_layout, backend)
+        self._use_tensor_cores = use_tensor_cores
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        """The hint given at construction."""
+        return self._use_tensor_cores
+
+    def plan(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        pos_encoding_mode: str = "NONE",
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        q_data_type: str | torch.dtype | None = None,
+        kv_data_type: str | torch.dtype | None = None,
+        data_type: str | torch.dtype | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        non_blocking: bool = True,
+        block_tables: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        o_data_type: str | torch.dtype | None = None,
+        fixed_split_size: int | None = None,
+        disable_split_kv: bool = False,
+        head_dim_vo: int | None = None,
+    ) -> None:
+        """Schedule a batch. Host tensors are preferred: lengths on the GPU stall it while they are read.
+
+        Args:
+            indptr: [batch_size + 1], offsets of the requests in `indices`.
+            indices: page ids of all requests, one after the other; may be longer than needed.
+            last_page_len: [batch_size], tokens in each request's last page, 1..page_size (0 for a request without pages).
+            head_dim: of q and k, and of v unless head_dim_vo is given; a multiple of 8 from 16 to 512.
+            window_left, logits_soft_cap, sm_scale: as of single_decode_with_kv_cache.
+            q_data_type: default float16. kv_data_type: default q_data_type. data_type: both, where they are not given.
+            o_data_type: of the output, default q_data_type.
+            non_blocking: taken for compatibility; copies never block.
+
+        Raises:
+            ValueError: sizes, dtypes, offsets, last page lengths or page ids out of range, or a workspace too small.
+        """
+        check_pos_encoding(pos_encoding_mode)
+        reject(
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            fixed_split_size=fixed_split_size,
+            disable_split_kv=disable_split_kv,
+        )
+        q_dtype = to_dtype("q_data_type", q_data_type or data_type or "float16")
+        kv_dtype = to_dtype("kv_data_type", kv_data_type or data_type or q_dtype)
+        check_dtypes(q_dtype, kv_dtype, self.device)
+        if page_size < 1:
+            raise ValueError(f"page_size: expected at least 1 token, got {page_size}")
+        kv_indptr = host_ints("indptr", indptr)
+        problem = Problem(
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim_qk=head_dim,
+            head_dim_vo=head_dim_vo or head_dim,
+            q_dtype=q_dtype,
+            kv_dtype=kv_dtype,
+            o_dtype=to_dtype("o_data_type", o_data_type or q_dtype),
+            page_size=page_size,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap or 0.0,
+        )
+        last = host_ints("last_page_len", last_page_len, max(len(kv_indptr) - 1, 0))
+        self._schedule_paged(problem, np.arange(len(kv_indptr)), kv_indptr, indices, last, sm_scale)
+
+    begin_forward = plan
+
+    def run(
+        self,
+        q: Tensor,
+        paged_kv_cache: PagedKV,
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+        enable_pdl: bool | None = None,
+        window_left: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend each request's token to its whole cache. Launches only: no host sync.
+
+        Args:
+            q: [batch_size, num_qo_heads, head_dim].
+            paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size,
+                head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension contiguous.
+            q_scale, k_scale: factors on the logits; v_scale: factor on the output. Python floats or CPU scalars.
+            out: [batch_size, num_qo_heads, head_dim_vo]; lse: [batch_size, num_qo_heads], fp32: written if given.
+            window_left: must equal the planned one if given.
+            sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.
+            enable_pdl: a hint on launch overlap; results do not depend on it.
+
+        Returns:
+            out; with return_lse also lse, base 2. A request without KV gives out 0 and lse -inf.
+
+        Raises:
+            ValueError: a tensor that does not fit the plan. RuntimeError: no plan. KeyError: a cache of another type.
+        """
+        reject(args=args or None)
+        plan = self._planned()
+        if window_left is not None and window_left != plan.problem.window_left:
+            raise ValueError(f"window_left: expected the planned {plan.problem.window_left}, got {window_left}")
+        k, v = split_paged_cache(paged_kv_cache, self._kv_layout)
+        scale = scaled(self._sm_scale, q_scale=q_scale, k_scale=k_scale)
+        out, lse = self._launch(check_tensor("q", q), k, v, out, lse, scale, sinks)
+        scale_output(out, v_scale)
+        return (out, lse) if return_lse else out
+
+    run_return_lse = partialmethod(run, return_lse=True)

@@ -1,0 +1,120 @@
+"""A plan: the work list of one batch on one device, ready to launch for every layer of a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashtile.config import Config, num_sms
+from flashtile.plan.problem import Problem, Workload
+from flashtile.plan.worklist import ITEM_STRIDE, MERGE_STRIDE, Ints, make_worklist
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where the requests of a batch lie, on the host.
+
+    qo_indptr [batch_size + 1] in query tokens; kv_base [batch_size]: first KV token (ragged) or first entry of kv_indices
+    (paged); kv_len [batch_size] in tokens.
+    """
+
+    qo_indptr: Ints
+    kv_base: Ints
+    kv_len: Ints
+
+    def workload(self) -> Workload:
+        """The batch in a few numbers."""
+        qo_len = np.diff(self.qo_indptr)
+        return Workload(
+            batch_size=len(self.kv_len),
+            nnz_qo=int(self.qo_indptr[-1]),
+            max_qo_len=int(qo_len.max(initial=0)),
+            total_kv_len=int(self.kv_len.sum()),
+            max_kv_len=int(self.kv_len.max(initial=0)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a launch needs but the tensors of a layer. Immutable; the arrays live on the device."""
+
+    problem: Problem
+    config: Config
+    work: Workload
+    device: torch.device
+    items: Tensor  # [num_items, ITEM_STRIDE] int32
+    merges: Tensor  # [num_merges, MERGE_STRIDE] int32
+    kv_indices: Tensor  # page ids, int32; any int32 tensor if the KV is ragged
+    num_slots: int
+    lengths: Lengths
+    kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
+    kv_rows_request: int = 0  # a request that reads the last of them
+
+    @property
+    def num_items(self) -> int:
+        """Work items: CTAs per head group of the portable family."""
+        return self.items.shape[0]
+
+    @property
+    def num_merges(self) -> int:
+        """Tiles that were cut along KV."""
+        return self.merges.shape[0]
+
+    @property
+    def num_head_groups(self) -> int:
+        """Head groups of config.pack query heads each."""
+        return self.problem.num_qo_heads // self.config.pack
+
+    def workspace_size(self) -> int:
+        """Bytes of workspace that run() needs: the partial states of split tiles, fp32."""
+        return self.num_slots * self.num_head_groups * self.config.block_m * (self.problem.head_dim_vo + 1) * 4
+
+    def partials(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
+        """The workspace as partial outputs [slots, head groups, block_m, head_dim_vo] and lse [.., block_m], fp32."""
+        rows = self.num_slots * self.num_head_groups * self.config.block_m
+        flat = workspace.view(torch.float32)
+        dims = (self.num_slots, self.num_head_groups, self.config.block_m)
+        out = flat[: rows * self.problem.head_dim_vo].view(*dims, self.problem.head_dim_vo)
+        lse = flat[rows * self.problem.head_dim_vo : rows * (self.problem.head_dim_vo + 1)].view(*dims)
+        return out, lse
+
+
+def make_plan(
+    problem: Problem,
+    config: Config,
+    lengths: Lengths,
+    kv_indices: Tensor,
+    device: torch.device,
+    kv_rows: int = 0,
+    kv_rows_request: int = 0,
+) -> Plan:
+    """Schedule a batch and bring the work list to the device in one copy."""
+    tiling = config.tiling(problem, num_sms(device))
+    work = make_worklist(
+        lengths.qo_indptr, lengths.kv_base, lengths.kv_len, tiling, problem.window_left, problem.window_right
+    )
+    items, merges = upload([work.items, work.merges], device)
+    return Plan(
+        problem=problem,
+        config=config,
+        work=lengths.workload(),
+        device=device,
+        items=items.view(-1, ITEM_STRIDE),
+        merges=merges.view(-1, MERGE_STRIDE),
+        kv_indices=kv_indices,
+        num_slots=work.num_slots,
+        lengths=lengths,
+        kv_rows=kv_rows,
+        kv_rows_request=kv_rows_request,
+    )
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:  # type: ignore[type-arg]
+    """Flat int32 tensors on the device from host arrays: one pinned buffer, one asynchronous copy."""
+    sizes = [a.size for a in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for part, array in zip(host.split(sizes), arrays, strict=True):
+        part.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(-1)))
+    return list(host.to(device, non_blocking=True).split(sizes))

@@ -1,0 +1,1 @@
+"""Cases, input makers, tolerances and timers, shared by tests/ and benchmarks/."""

@@ -1,0 +1,90 @@
+"""Compile kernels for a GPU that need not be present, and read what the compiler made of them."""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One launch of a kernel: what Triton would specialise on.
+
+    signature: argument name -> Triton type ("*bf16", "i32", "fp32", ...); constexprs: argument name -> value.
+    Arguments in `aligned` are multiples of 16 (pointers count as aligned without being named).
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+    maxnreg: int | None = None
+    min_capability: int = 80
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas reported: registers per thread, spilled bytes, shared memory in bytes; and the kernel's PTX and SASS-bearing cubin."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ptx: str
+    cubin: bytes
+    log: str
+
+
+def ptxas() -> str:
+    """The path of the ptxas inside the triton wheel."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
+
+
+def compile_for(case: CompileCase, capability: int) -> Compiled:
+    """Compile for compute capability 80, 90, ...; no GPU is needed. Runs ptxas once more, verbosely, to read the spills."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    names = case.kernel.arg_names
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
+    constexprs = {(names.index(n),): v for n, v in case.constexprs.items()}
+    aligned = [n for n in names if signature[n].startswith("*") or n in case.aligned]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
+    compiled = triton.compile(
+        source(case.kernel, signature, constexprs, attrs=attrs),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+    log = _ptxas_log(compiled.asm["ptx"], case.maxnreg)
+    registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+    return Compiled(registers, spills, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"], log)
+
+
+def _ptxas_log(ptx: str, maxnreg: int | None) -> str:
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None, "PTX without a .target line"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [shutil.which(ptxas()) or ptxas(), "-v", f"-arch={target[1]}", str(path), "-o", str(path) + ".cubin"]
+        if maxnreg is not None:
+            command.append(f"--maxrregcount={maxnreg}")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr

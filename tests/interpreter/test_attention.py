@@ -1,0 +1,40 @@
+"""The portable attention family through Triton's interpreter: the cases of the CPU tests, with and without split KV."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashtile.config import portable
+from flashtile.plan.problem import Problem, Workload
+from flashtile.testing.cases_attention import CASES, AttentionCase, expected, make_inputs, make_wrapper, run_case
+from flashtile.testing.tolerance import assert_close
+
+DTYPES = (torch.float16, torch.float32)
+
+
+def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0):
+    problem = Problem(*case.heads, case.head_dim, case.dim_vo, dtype, dtype, dtype, page_size=case.page_size)
+    lens = case.query_lens
+    work = Workload(len(lens), sum(lens), max(lens, default=0), sum(case.kv_lens), max(case.kv_lens))
+    return replace(portable(problem, work), kv_chunk=kv_chunk)
+
+
+def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
+    x = make_inputs(case, dtype)
+    wrapper = make_wrapper(x, "cpu", config=config_for(case, dtype, kv_chunk))
+    out, lse = run_case(x, wrapper)
+    oracle, oracle_lse = expected(x, torch.float64)
+    peer, peer_lse = expected(x, dtype)
+    assert_close(out, oracle, peer, "out")
+    assert_close(lse, oracle_lse, peer_lse, "lse")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_portable(case: AttentionCase) -> None:
+    check(case, torch.float16, 0)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.head_dim == 64 and c.heads == (4, 2)], ids=str)
+def test_portable_split(case: AttentionCase) -> None:
+    check(case, torch.float32, 64)
