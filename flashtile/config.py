@@ -17,7 +17,8 @@ class Config:
 
     block_m: packed query rows of a tile (tokens x pack); block_n: KV tokens of a step; pack: query heads packed into rows.
     ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry (0: all).
-    kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice).
+    kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
+    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
     """
 
     family: str
@@ -32,6 +33,8 @@ class Config:
     heads_per_item: int = 0
     kv_chunk: int = 0
     split: bool = True
+    one_loop: bool = False
+    overlap: bool = False
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
@@ -77,26 +80,36 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
         # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
-    return portable(problem, work)
+    return portable(problem, work, capability(device), num_sms(device))
 
 
-def portable(p: Problem, w: Workload) -> Config:
-    """The portable family's rows: the first that fits wins."""
-    rows = w.max_qo_len * p.group_size
+def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
+    """The portable family's rows: the first that fits wins. `sm`: compute capability; (8, x) has no wgmma to keep
+    accumulators of 128 x 64 logits within 255 registers, so its tiles are smaller."""
+    group, rows = p.group_size, w.max_qo_len * p.group_size
     wide = max(p.head_dim_qk, p.head_dim_vo)
-    fp32 = p.q_dtype == torch.float32
-    if rows <= 16:
-        # one tensor-core row of 16 holds the group: the loop is bound by memory, 2 CTAs x 3 stages keep it fed
+    if p.q_dtype == torch.float32:  # products in fp64: small tiles, or the operands spill
+        return Config("portable", 16, 16 if wide > 256 else 32, group, num_warps=8, overlap=sm >= (9, 0))
+    if rows <= 16:  # one tensor-core row of 16 holds the group: bound by memory
+        overlap = sm >= (9, 0)
         if wide <= 128:
-            return Config("portable", 16, 64, p.group_size, num_warps=4, num_stages=2 if fp32 else 3, ctas_per_sm=2)
-        return Config("portable", 16, 32, p.group_size, num_warps=4, num_stages=2, ctas_per_sm=2 if wide <= 256 else 1)
-    if rows <= 64 or wide > 256 or fp32:
-        if wide > 128:
-            return Config(
-                "portable", 32 if fp32 else 64, 32, p.group_size, num_warps=8, num_stages=1 if wide > 256 else 2
-            )
-        return Config("portable", 64, 32 if fp32 else 64, p.group_size, num_warps=4, num_stages=2, ctas_per_sm=2)
+            whole = p.head_dim_qk in (16, 32, 64, 128) and p.head_dim_vo in (16, 32, 64, 128)
+            block_n = 64 if whole else 32  # padded dims cost registers
+            if w.batch_size * p.num_kv_heads <= 2 * sms:
+                # few tiles: two KV blocks in flight keep one CTA an SM at 84 % of the copy rate (H100, 16 x 4k tokens),
+                # where twice the CTAs, each with one block in flight, lose 4 % to the merge
+                return Config("portable", 16, block_n, group, num_stages=5, split_cost=2.0, overlap=overlap)
+            # many tiles: four CTAs an SM hold 64 x 8 tiles at once; 370 us for 64 x 4k tokens where two take 386
+            return Config("portable", 16, block_n, group, num_stages=3, ctas_per_sm=4, split_cost=2.0, overlap=overlap)
+        if wide <= 256:
+            return Config("portable", 16, 32, group, num_warps=8, num_stages=5, ctas_per_sm=2, overlap=overlap)
+        return Config("portable", 16, 16, group, num_warps=8, num_stages=3, overlap=overlap)
+    if wide > 256:
+        return Config("portable", 32, 32, group, num_warps=8, num_stages=1)
     if wide > 128:
-        return Config("portable", 64, 64, p.group_size, num_warps=8, num_stages=2, split_cost=4.0)
-    # enough rows for a full tile: bound by arithmetic
-    return Config("portable", 128, 64, p.group_size, num_warps=8, num_stages=2, split_cost=4.0)
+        return Config("portable", 64, 32, group, num_warps=8, split_cost=4.0)
+    if sm < (9, 0):
+        return Config("portable", 64, 32, group, split_cost=2.0, ctas_per_sm=2)
+    if rows <= 64:
+        return Config("portable", 64, 64, group, ctas_per_sm=2)
+    return Config("portable", 128, 64, group, num_warps=8, split_cost=4.0)  # enough rows to be bound by arithmetic

@@ -26,6 +26,7 @@ class CompileCase:
     aligned: tuple[str, ...] = ()
     maxnreg: int | None = None
     min_capability: int = 80
+    max_capability: int = 90
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -34,7 +35,7 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas reported: registers per thread, spilled bytes, shared memory in bytes; and the kernel's PTX and SASS-bearing cubin."""
+    """What ptxas reported: registers per thread, spilled bytes, shared memory in bytes; and the PTX and cubin."""
 
     registers: int
     spill_bytes: int

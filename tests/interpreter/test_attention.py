@@ -17,7 +17,7 @@ def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0):
     problem = Problem(*case.heads, case.head_dim, case.dim_vo, dtype, dtype, dtype, page_size=case.page_size)
     lens = case.query_lens
     work = Workload(len(lens), sum(lens), max(lens, default=0), sum(case.kv_lens), max(case.kv_lens))
-    return replace(portable(problem, work), kv_chunk=kv_chunk)
+    return replace(portable(problem, work, (8, 0)), kv_chunk=kv_chunk)
 
 
 def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:

@@ -41,12 +41,10 @@ def _make_batches(plan: Plan) -> list[Batch]:
         stop = start + 1
         while stop < len(order):
             widest = int(length[order[stop]])
-            same = tokens[order[stop]] == tokens[order[start]] and cut[order[stop]] == cut[order[start]]
-            if (
-                not same
-                or widest > 2 * length[order[start]] + 64
-                or (stop + 1 - start) * int(tokens[order[start]]) * p.num_qo_heads * widest > MAX_LOGITS
-            ):
+            a, b = order[start], order[stop]  # requests without KV keep to themselves: padding changes matmul's bits
+            same = tokens[a] == tokens[b] and cut[a] == cut[b] and (length[a] > 0) == (length[b] > 0)
+            too_long = widest > 2 * length[a] + 64
+            if not same or too_long or (stop + 1 - start) * int(tokens[a]) * p.num_qo_heads * widest > MAX_LOGITS:
                 break
             stop += 1
         batches.append(

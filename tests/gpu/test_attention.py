@@ -1,0 +1,83 @@
+"""The attention cases on a CUDA device: the portable family in three dtypes, with and without split KV; contracts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashtile.config import capability, portable
+from flashtile.plan.problem import Problem, Workload
+from flashtile.testing.cases_attention import CASES, AttentionCase, expected, make_inputs, make_wrapper, run_case
+from flashtile.testing.tolerance import assert_close
+
+
+def run(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
+    x = make_inputs(case, dtype, "cuda")
+    lens = case.query_lens
+    problem = Problem(*case.heads, case.head_dim, case.dim_vo, dtype, dtype, dtype, page_size=case.page_size)
+    work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
+    config = replace(portable(problem, work, capability(x.q.device)), kv_chunk=kv_chunk)
+    out, lse = run_case(x, make_wrapper(x, "cuda", config=config))
+    oracle, oracle_lse = expected(x, torch.float64)
+    peer, peer_lse = expected(x, dtype)
+    assert_close(out, oracle, peer, "out")
+    assert_close(lse, oracle_lse, peer_lse, "lse")
+
+
+@pytest.mark.parametrize("kv_chunk", [0, 64], ids=["auto", "split64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_portable(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
+    run(case, dtype, kv_chunk)
+
+
+@pytest.mark.parametrize("name", ["decode", "append", "ragged", "append.window_left=16"])
+def test_same_bits_100_times(name: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda")
+    first = run_case(x, wrapper)
+    for _ in range(100):
+        again = run_case(x, wrapper)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+def test_page_near_two_to_31_elements() -> None:
+    page_size, heads, dim = 16, 8, 128
+    pages = 2**31 // (page_size * heads * dim) + 8
+    cache = torch.full((pages, 2, page_size, heads, dim), float("nan"), dtype=torch.bfloat16, device="cuda")
+    case = AttentionCase("far", kv_lens=(50,), heads=(32, 8), head_dim=dim)
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    k, v = x.cache
+    ids = torch.arange(pages - 4, pages, dtype=torch.int32)
+    near = x.kv_indices[:4].long()
+    cache[ids.long(), 0], cache[ids.long(), 1] = k[near], v[near]
+    expected_out, _ = run_case(x, make_wrapper(x, "cuda"))
+    x.cache, x.kv_indices = cache, ids
+    out, _ = run_case(x, make_wrapper(x, "cuda"))
+    assert torch.equal(out, expected_out)
+
+
+def test_side_stream_and_graph() -> None:
+    x = make_inputs(CASES[0], torch.float16, "cuda")
+    wrapper = make_wrapper(x, "cuda")
+    expected_out, _ = run_case(x, wrapper)
+    out = torch.empty_like(expected_out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrapper.run(x.q, x.cache, out=out)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, expected_out)
+
+
+def test_run_never_waits_for_the_gpu() -> None:
+    x = make_inputs(CASES[2], torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda")
+    run_case(x, wrapper)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wrapper.run(x.q, x.cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
