@@ -12,6 +12,7 @@ from torch import Tensor
 LAYOUTS = ("NHD", "HND")
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -29,13 +30,11 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int | str]) -> None:
         ValueError: another rank or size.
     """
     check_tensor(name, x)
-    shape = tuple(x.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(e, str) or s == e for s, e in zip(shape, expected, strict=True)
-    )
+    fits = x.dim() == len(expected)
+    for size, wanted in zip(x.shape, expected, strict=False):  # a plain loop: this runs many times per launch
+        fits = fits and (size == wanted or isinstance(wanted, str))
     if not fits:
-        wanted = "[" + ", ".join(str(e) for e in expected) + "]"
-        raise ValueError(f"{name}: expected shape {wanted}, got {list(shape)}")
+        raise ValueError(f"{name}: expected shape [{', '.join(str(e) for e in expected)}], got {list(x.shape)}")
 
 
 def check_dtype(name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
@@ -81,26 +80,34 @@ def check_layout(kv_layout: str) -> None:
         raise KeyError(f"Invalid kv_layout {kv_layout!r}: expected 'NHD' or 'HND'")
 
 
+def check_cos_sin_cache(x: Tensor, device: torch.device) -> None:
+    """ValueError unless x is [max_position, rotary_dim] fp32 on `device`."""
+    check_shape("cos_sin_cache", x, ("max_position", "rotary_dim"))
+    check_dtype("cos_sin_cache", x, (torch.float32,))
+    check_inner_contiguous("cos_sin_cache", x)
+    check_device("cos_sin_cache", x, device)
+
+
 def debugging() -> bool:
     """Whether the values of CUDA tensors are checked too, at the price of a sync each: FLASHTILE_DEBUG=1."""
     return os.environ.get("FLASHTILE_DEBUG", "0") not in ("", "0")
 
 
-def index_tensor(name: str, x: Tensor, device: torch.device) -> Tensor:
-    """`x` as a contiguous 1-D tensor of int32 or int64 on `device`; strided ones and those elsewhere are copied.
+def index_tensor(name: str, x: Tensor, device: torch.device, size: int | str = "n") -> Tensor:
+    """`x` [size] as a contiguous tensor of int32 or int64 on `device`; strided ones and those elsewhere are copied.
 
     Raises:
         TypeError: `x` is no tensor.
-        ValueError: another rank, or no integers.
+        ValueError: another shape, or no integers.
     """
-    check_shape(name, x, ("n",))
+    check_shape(name, x, (size,))
     check_dtype(name, x, INDEX_DTYPES)
-    return x.to(device).contiguous()
+    return (x if x.device == device else x.to(device)).contiguous()
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether the values of `x` are checked: those of host tensors (but not while torch.compile traces), and those of CUDA
-    tensors with FLASHTILE_DEBUG=1."""
+    """Whether the values of `x` are checked: of host tensors, but not while torch.compile traces; of CUDA tensors with
+    FLASHTILE_DEBUG=1."""
     return x.numel() > 0 and not torch.compiler.is_compiling() and (not x.is_cuda or debugging())
 
 
@@ -113,15 +120,32 @@ def check_between(name: str, x: Tensor, low: int, high: int, what: str = "index"
     """
     if not reads_values(x):
         return
-    smallest, largest = x.aminmax()
+    smallest, largest = (int(v) for v in x.aminmax())
     if smallest < low or largest >= high:
-        i = int(((x < low) | (x >= high)).int().argmax())
+        i = int(((x.long() < low) | (x.long() >= high)).int().argmax())
         raise value_error(x, f"{name}: expected values from {low} to {high - 1}, got {int(x[i])} at {what} {i}")
+
+
+def check_offsets(name: str, x: Tensor, total: int) -> None:
+    """If `reads_values(x)`: offsets must not decrease, and stay between 0 and `total`.
+
+    Raises:
+        ValueError: a host tensor does otherwise; the message names the place. IndexError: a CUDA tensor does.
+    """
+    check_between(name, x, 0, total + 1, "offset")
+    if reads_values(x) and (falls := x.diff() < 0).any():
+        i = int(falls.int().argmax())
+        raise value_error(x, f"{name}: offsets must not decrease, got {int(x[i])} then {int(x[i + 1])} at offset {i}")
 
 
 def value_error(x: Tensor, message: str) -> Exception:
     """The error for a wrong value in `x`: ValueError on the host; IndexError on CUDA, where only debugging finds it."""
     return IndexError(message) if x.is_cuda else ValueError(message)
+
+
+def pdl(enable_pdl: bool | None, x: Tensor) -> bool:
+    """Whether to launch with programmatic dependent launch: if asked to, where the GPU has it (sm_90 and later)."""
+    return bool(enable_pdl) and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def not_implemented(argument: str, what: str = "") -> NotImplementedError:

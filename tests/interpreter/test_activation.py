@@ -1,0 +1,18 @@
+"""Gated activations through Triton's interpreter: the small cases of the CPU tests."""
+
+import pytest
+
+from flashtile.testing import cases_activation as cases
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+def test_activation(op: str, case: cases.ActivationCase) -> None:
+    cases.check_activation(op, case, "cpu")
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_extremes(op: str) -> None:
+    cases.check_extremes(op, "cpu")

@@ -1,0 +1,43 @@
+"""Every kernel compiles for sm_80 and sm_90 on a machine without a GPU, without spilling registers."""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+
+import pytest
+
+import flashtile.kernels
+from flashtile.testing.compile import CompileCase, compile_for
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+CAPABILITIES = (80, 90)
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Those of all modules below flashtile.kernels."""
+    for info in pkgutil.walk_packages(flashtile.kernels.__path__, "flashtile.kernels."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "compile_cases"):
+            yield from module.compile_cases()
+
+
+CASES = [
+    pytest.param(case, capability, id=f"{case} sm_{capability}")
+    for case in compile_cases()
+    for capability in CAPABILITIES
+    if case.min_capability <= capability <= case.max_capability
+]
+
+
+@pytest.mark.parametrize(("case", "capability"), CASES)
+def test_compiles_without_spills(case: CompileCase, capability: int) -> None:
+    compiled = compile_for(case, capability)
+    assert compiled.spill_bytes == 0, f"{compiled.spill_bytes} bytes spilled with {compiled.registers} registers"
+
+
+def test_every_kernel_module_has_cases() -> None:
+    for info in pkgutil.walk_packages(flashtile.kernels.__path__, "flashtile.kernels."):
+        module = importlib.import_module(info.name)
+        launched = [name for name, x in vars(module).items() if name.endswith("_kernel") and x.__module__ == info.name]
+        assert not launched or hasattr(module, "compile_cases"), f"{info.name} launches {launched}"

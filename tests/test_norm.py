@@ -1,0 +1,68 @@
+"""Norms on the CPU: against the oracle, laws, ops, errors."""
+
+import pytest
+import torch
+
+from flashtile import norm
+from flashtile.testing import cases_norm as cases
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_rmsnorm(case: cases.NormCase) -> None:
+    cases.check_rmsnorm(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_fused_add_rmsnorm(case: cases.NormCase) -> None:
+    cases.check_fused_add_rmsnorm(case, "cpu")
+
+
+def test_norm_reads_the_unrounded_sum() -> None:
+    cases.check_norm_reads_the_unrounded_sum("cpu")
+
+
+def test_parameters_need_no_grad_mode() -> None:
+    weight = torch.nn.Parameter(torch.ones(8))
+    assert not norm.rmsnorm(torch.randn(2, 8), weight).requires_grad
+
+
+def test_ops() -> None:
+    x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    torch.library.opcheck(torch.ops.flashtile.rmsnorm.default, (torch.empty(3, 8), x, weight, 1e-6, False))
+    torch.library.opcheck(torch.ops.flashtile.fused_add_rmsnorm.default, (x, residual, weight, 1e-6, False))
+
+
+def test_compiles_as_one_graph() -> None:
+    def layer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        norm.fused_add_rmsnorm(x, residual, weight)
+        return norm.rmsnorm(x, weight) + residual
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(compiled(x.clone(), residual.clone(), weight), layer(x.clone(), residual.clone(), weight))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": torch.ones(8)}, r"input: expected shape \[num_tokens, hidden_size\] or .*got \[8\]"),
+        ({"input": torch.ones(3, 8).int()}, "input: expected dtype float16 or bfloat16 or float32, got int32"),
+        ({"input": torch.ones(8, 3).t()}, "input: the last dimension must be contiguous"),
+        ({"weight": torch.ones(7)}, r"weight: expected shape \[8\], got \[7\]"),
+        ({"weight": torch.ones(16)[::2]}, "weight: the last dimension must be contiguous"),
+        ({"weight": torch.ones(8, device="meta")}, "weight: expected a tensor on cpu"),
+        ({"out": torch.ones(4, 8)}, r"out: expected the shape of input, \[3, 8\], got \[4, 8\]"),
+        ({"out": torch.ones(3, 8).half()}, "out: expected the dtype of input"),
+    ],
+)
+def test_errors(change: dict[str, torch.Tensor], message: str) -> None:
+    args = {"input": torch.ones(3, 8), "weight": torch.ones(8)} | change
+    with pytest.raises(ValueError, match=message):
+        norm.rmsnorm(**args)
+
+
+def test_residual_errors() -> None:
+    with pytest.raises(ValueError, match=r"residual: expected the shape of input, \[3, 8\], got \[3, 4\]"):
+        norm.fused_add_rmsnorm(torch.ones(3, 8), torch.ones(3, 4), torch.ones(8))
+    with pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got list"):
+        norm.fused_add_rmsnorm(torch.ones(3, 8), [1.0], torch.ones(8))  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""Rotary embeddings on the CPU: against the oracle, laws, ops, errors."""
+
+import pytest
+import torch
+
+from flashtile import rope
+from flashtile.testing import cases_rope as cases
+
+
+@pytest.mark.parametrize("case", [*cases.CASES, cases.LONG], ids=str)
+def test_pos_ids(case: cases.RopeCase) -> None:
+    cases.check_pos_ids(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_cos_sin_cache(case: cases.RopeCase) -> None:
+    cases.check_cos_sin_cache(case, "cpu")
+
+
+def test_position_zero_changes_nothing() -> None:
+    cases.check_position_zero_changes_nothing("cpu")
+
+
+def test_ops() -> None:
+    q, k, pos_ids, cache = torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.arange(3), torch.randn(4, 8)
+    outputs = torch.empty(3, 2, 8), torch.empty(3, 1, 8)
+    by_frequency = (pos_ids, 8, 1.0, 1e4, None, False)
+    torch.library.opcheck(torch.ops.flashtile.rope.default, (*outputs, q, k, *by_frequency))
+    torch.library.opcheck(torch.ops.flashtile.rope_inplace.default, (q, k, *by_frequency))
+    torch.library.opcheck(torch.ops.flashtile.rope_cached.default, (*outputs, q, k, pos_ids, cache, True))
+    torch.library.opcheck(torch.ops.flashtile.rope_cached_inplace.default, (q, k, pos_ids, cache, True))
+
+
+def test_compiles_as_one_graph() -> None:
+    def layer(q: torch.Tensor, k: torch.Tensor, pos_ids: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+        q, k = rope.apply_rope_pos_ids(q, k, pos_ids)
+        rope.apply_rope_pos_ids_inplace(q, k, pos_ids)
+        q, k = rope.apply_rope_with_cos_sin_cache(pos_ids, q, k, 8, cache)
+        rope.apply_rope_with_cos_sin_cache_inplace(pos_ids, q, k, 8, cache)
+        return q * k
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    args = torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.arange(3), torch.randn(4, 8)
+    assert torch.equal(compiled(*args), layer(*args))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.ones(3, 8)}, r"q: expected shape \[nnz, num_qo_heads, head_dim\], got \[3, 8\]"),
+        ({"k": torch.ones(4, 1, 8)}, r"k: expected shape \[3, num_kv_heads, 8\], got \[4, 1, 8\]"),
+        ({"k": torch.ones(3, 1, 8).half()}, "k: expected the dtype of q"),
+        ({"q": torch.ones(3, 8, 2).mT}, "q: the last dimension must be contiguous"),
+        ({"pos_ids": torch.arange(4)}, r"pos_ids: expected shape \[3\], got \[4\]"),
+        ({"pos_ids": torch.ones(3)}, "pos_ids: expected dtype int32 or int64, got float32"),
+        ({"pos_ids": torch.tensor([0, 5, -2])}, r"pos_ids: expected values from 0 to .*, got -2 at token 2"),
+        ({"rotary_dim": 5}, "rotary_dim: expected an even number from 2 to head_dim = 8, got 5"),
+        ({"rotary_dim": 10}, "rotary_dim: expected an even number from 2 to head_dim = 8, got 10"),
+    ],
+)
+def test_errors(change: dict[str, torch.Tensor], message: str) -> None:
+    args = {"q": torch.ones(3, 2, 8), "k": torch.ones(3, 1, 8), "pos_ids": torch.arange(3)} | change
+    with pytest.raises(ValueError, match=message):
+        rope.apply_rope_pos_ids(**args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(3, 9)}, "query: expected rows of a multiple of head_size = 8 elements, got 9"),
+        ({"key": torch.ones(3, 1, 4)}, r"key: expected shape \[nnz, num_heads, 8\], got \[3, 1, 4\]"),
+        ({"cos_sin_cache": torch.ones(4, 8).half()}, "cos_sin_cache: expected dtype float32, got float16"),
+        ({"positions": torch.tensor([0, 4, 1])}, "positions: expected values from 0 to 3, got 4 at token 1"),
+    ],
+)
+def test_cache_errors(change: dict[str, torch.Tensor], message: str) -> None:
+    tensors = {"query": torch.ones(3, 16), "key": torch.ones(3, 8), "positions": torch.arange(3)}
+    args = tensors | {"head_size": 8, "cos_sin_cache": torch.ones(4, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        rope.apply_rope_with_cos_sin_cache(**args)
