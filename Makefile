@@ -13,7 +13,8 @@ NEWEST_TRITON ?= 3.9.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint requirements/constraints.txt
-PYTEST := $(PY) -m pytest
+# Two processes with one thread each: torch's own threads gain nothing on cases this small.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 NEWEST := .cache/triton-$(NEWEST_TRITON)
 # A GPU machine keeps the torch and the Triton it has; anywhere else the pins of requirements/ are installed.
 GPU := $(if $(wildcard /proc/driver/nvidia),yes,$(if $(shell command -v nvidia-smi),yes,no))
@@ -35,13 +36,13 @@ types: $(VENV)/.dev
 	@echo "== types"
 	@$(PY) -m mypy
 
-unit: $(VENV)/.dev  # two processes with one thread each: torch's own threads gain nothing on cases this small
+unit: $(VENV)/.dev
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(PYTEST) tests --ignore=tests/interpreter --numprocesses 2 --dist worksteal
+	@$(PYTEST) tests --ignore=tests/interpreter
 
 interpreter: $(VENV)/.dev
 	@echo "== kernels in Triton's CPU interpreter"
-	@OMP_NUM_THREADS=1 $(PYTEST) tests/interpreter --numprocesses 2 --dist worksteal
+	@$(PYTEST) tests/interpreter
 
 newest-triton: $(VENV)/.dev
 	@echo "== kernels compiled by Triton $(NEWEST_TRITON)"
@@ -51,6 +52,7 @@ newest-triton: $(VENV)/.dev
 		exit 0
 	fi
 	touch $(NEWEST)/.done
+	PYTHONPATH=$(NEWEST) $(PY) -c 'import triton; assert triton.__version__ == "$(NEWEST_TRITON)", triton.__file__'
 	PYTHONPATH=$(NEWEST) $(PYTEST) tests/test_compile.py
 
 bench: $(VENV)/.dev  ## the benchmarks; areas and options in ARGS="decode --filter b64"

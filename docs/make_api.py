@@ -1,7 +1,7 @@
 """Write docs/api.md: every public name, what it does, and where it is tested. Run as `make docs`.
 
 A test function tests the names that it mentions, itself or through the helpers and tables of its file and of
-flashtile/testing. tests/test_docs.py fails when the written table is out of date or a name has no test.
+flashtile/testing. tests/test_docs.py fails when the written table lacks a name or a name has no test.
 """
 
 import ast

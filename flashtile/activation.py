@@ -49,8 +49,8 @@ def gelu_and_mul(
 def gelu_tanh_and_mul(
     input: Tensor, out: Tensor | None = None, enable_pdl: bool | None = None, *, scale: float | Tensor | None = None
 ) -> Tensor:
-    """gelu(input[..., :d]) * input[..., d:], where gelu(x) = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) / 2; see
-    `silu_and_mul`."""
+    """gelu(input[..., :d]) * input[..., d:], where gelu(x) = x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) / 2;
+    see `silu_and_mul`."""
     return _run(_gelu_tanh_and_mul, input, out, enable_pdl, scale)
 
 

@@ -12,39 +12,58 @@ from torch import Tensor
 from flashtile import config as configs
 from flashtile.backend import attention_family
 from flashtile.checks import (
+    FLOAT_DTYPES,
     check_device,
     check_inner_contiguous,
     check_layout,
-    check_same_dtype,
     check_shape,
     check_tensor,
     not_implemented,
 )
 from flashtile.config import Config
 from flashtile.plan.plan import Lengths, Plan, make_plan
-from flashtile.plan.problem import Problem
+from flashtile.plan.problem import FORMATS, Problem
+from flashtile.plan.scales import Scales
 from flashtile.plan.worklist import Ints
+from flashtile.scales import Scale, read_scales
 
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 PagedKV = Tensor | tuple[Tensor, Tensor]
 
 
-def to_dtype(name: str, dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from itself or its name, e.g. "float16". TypeError for anything else."""
+DType = str | torch.dtype
+KVDType = DType | tuple[DType, DType] | None  # of K and V, or of each
+
+
+def to_dtype(name: str, dtype: object) -> torch.dtype:
+    """A torch dtype from itself or its name, e.g. "float16"; "int4" is uint8. TypeError for anything else."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    found = getattr(torch, "uint8" if dtype == "int4" else dtype, None) if isinstance(dtype, str) else None
     if not isinstance(found, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype or its name, e.g. 'bfloat16', got {dtype!r}")
     return found
 
 
-def check_dtypes(q_dtype: torch.dtype, kv_dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError for dtypes that attention does not take; NotImplementedError for those it does not take yet."""
-    if q_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def cache_dtypes(kv_data_type: KVDType, q_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the K and V caches from kv_data_type.
+
+    Raises:
+        ValueError: a dtype that attention does not take. TypeError: no dtype.
+    """
+    if q_dtype not in FLOAT_DTYPES:
         raise ValueError(f"q dtype: expected float16, bfloat16 or float32, got {q_dtype}")
-    if kv_dtype != q_dtype:
-        raise not_implemented("kv_data_type", f"a cache of {kv_dtype} under a query of {q_dtype}")
+    pair = kv_data_type if isinstance(kv_data_type, tuple) else (kv_data_type, kv_data_type)
+    if len(pair) != 2:
+        raise TypeError(f"kv_data_type: expected one dtype, or a tuple of K's and V's, got {kv_data_type!r}")
+    k_dtype, v_dtype = (q_dtype if d is None else to_dtype("kv_data_type", d) for d in pair)
+    for dtype in (k_dtype, v_dtype):
+        if dtype != q_dtype and dtype not in FORMATS:
+            raise ValueError(
+                f"kv_data_type: expected the dtype of q, {q_dtype}, or one of float8_e4m3fn, float8_e5m2, int8, and uint8 "
+                f"for packed int4; got {dtype}"
+            )
+    return k_dtype, v_dtype
 
 
 def check_pos_encoding(mode: str) -> None:
@@ -60,18 +79,6 @@ def reject(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise not_implemented(name)
-
-
-def scaled(sm_scale: float, **factors: float | Tensor | None) -> float:
-    """sm_scale times the given factors, which must be numbers or CPU scalars: reading a CUDA tensor would stall the GPU."""
-    for name, factor in factors.items():
-        if isinstance(factor, Tensor):
-            if factor.device.type != "cpu":
-                raise not_implemented(name, "a scale on the GPU; pass a Python float")
-            factor = float(factor)
-        if factor is not None:
-            sm_scale *= factor
-    return sm_scale
 
 
 def host_ints(name: str, x: object, size: int | None = None) -> Ints:
@@ -148,6 +155,11 @@ def split_paged_cache(cache: PagedKV, kv_layout: str) -> tuple[Tensor, Tensor]:
     return (k, v) if kv_layout == "NHD" else (k.transpose(1, 2), v.transpose(1, 2))
 
 
+def without_page_dim(cache: PagedKV) -> bool:
+    """Whether a cache came in the short form of page_size 1."""
+    return cache[0].dim() == 3 if isinstance(cache, tuple) else cache.dim() == 4
+
+
 def check_out(name: str, x: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`x`, checked, or a new tensor if it is None."""
     if x is None:
@@ -169,12 +181,14 @@ def launch(
     workspace: Tensor,
     sm_scale: float,
     sinks: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check the tensors of one layer against a plan and launch its kernels; never waits for the GPU.
 
     Args:
         k, v: NHD views, paged [pages, page_size, heads, dim] or ragged [nnz_kv, heads, dim].
         workspace: at least plan.workspace_size() bytes, uint8, on the device.
+        scales: of the caches, checked.
     """
     p = plan.problem
     check_shape("q", q, (plan.work.nnz_qo, p.num_qo_heads, p.head_dim_qk))
@@ -183,11 +197,19 @@ def launch(
             f"The dtype of q {q.dtype} does not match the q_data_type {p.q_dtype} specified in plan function."
         )
     rows = ("pages", p.page_size) if p.paged else ("nnz_kv",)
-    for name, x, dim in (("k", k, p.head_dim_qk), ("v", v, p.head_dim_vo)):
-        check_shape(name, x, (*rows, p.num_kv_heads, dim))
-        if x.dtype != p.kv_dtype:
+    for name, x, dim, dtype, fmt in (
+        ("k", k, p.head_dim_qk, p.kv_dtype, p.k_format),
+        ("v", v, p.head_dim_vo, p.v_dtype or p.kv_dtype, p.v_format),
+    ):
+        if x.dtype != dtype:
             raise ValueError(
-                f"The dtype of {name} {x.dtype} does not match the kv_data_type {p.kv_dtype} specified in plan function."
+                f"The dtype of {name} {x.dtype} does not match the kv_data_type {dtype} specified in plan function."
+            )
+        check_shape(name, x, (*rows, p.num_kv_heads, dim // 2 if fmt == "int4" else dim))
+        if fmt != "plain" and (x.data_ptr() % 2 or any(s % 2 for s in x.stride()[:-1])):
+            raise ValueError(
+                f"{name}: rows of a {dtype} cache must start at even bytes, got strides {tuple(x.stride())}; they are read by "
+                "two bytes at a time"
             )
         if x.shape[0] < plan.kv_rows:
             unit = "page" if p.paged else "token"
@@ -203,7 +225,16 @@ def launch(
         sinks = sinks.float().contiguous()
     lse = check_out("lse", lse, (plan.work.nnz_qo, p.num_qo_heads), torch.float32, plan.device)
     dense_lse = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format)
-    attention_family(plan.config.family).run(plan, q, k, v, out, dense_lse, workspace, sm_scale, sinks)
+    arguments = (plan, q, k, v, out, dense_lse, workspace, sm_scale, sinks)
+    if scales is None:
+        attention_family(plan.config.family).run(*arguments)
+    elif plan.config.family == "hopper":
+        if scales.k is not None or scales.v is not None:
+            raise not_implemented("k_scale, v_scale", "tensors with the Hopper family; pass floats or backend='fa2'")
+        attention_family(plan.config.family).run(*arguments)
+        out.mul_(scales.out)
+    else:
+        attention_family(plan.config.family).run(*arguments, scales=scales)
     if dense_lse is not lse:
         lse.copy_(dense_lse)
     return out, lse
@@ -318,19 +349,18 @@ class PlannedOp:
         v: Tensor,
         out: Tensor | None,
         lse: Tensor | None,
-        sm_scale: float,
         sinks: Tensor | None,
+        without_page_dim: bool = False,
+        **scales: Scale,
     ) -> tuple[Tensor, Tensor]:
         plan = self._planned()
         p = plan.problem
         check_tensor("q", q)
+        sm_scale, read = read_scales(
+            plan, k, v, self._kv_layout, self._sm_scale, without_page_dim=without_page_dim, **scales
+        )
         out = check_out("out", out, (plan.work.nnz_qo, p.num_qo_heads, p.head_dim_vo), p.o_dtype, self.device)
-        return launch(plan, q, k, v, out, lse, self._scratch, sm_scale, sinks)
-
-
-def scale_output(out: Tensor, v_scale: float | Tensor | None) -> Tensor:
-    """out *= v_scale in place, unless there is none."""
-    return out if v_scale is None else out.mul_(v_scale)
+        return launch(plan, q, k, v, out, lse, self._scratch, sm_scale, sinks, read)
 
 
 @lru_cache(maxsize=512)
@@ -353,6 +383,7 @@ def single(
     sm_scale: float | None,
     backend: str = "auto",
     o_dtype: torch.dtype | None = None,
+    **scales: Scale,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one request: q [qo_len, num_qo_heads, head_dim_qk], k and v in kv_layout without a batch dimension."""
     check_layout(kv_layout)
@@ -363,17 +394,17 @@ def single(
         )
     if kv_layout == "HND":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-    check_dtypes(q.dtype, k.dtype, q.device)
-    check_same_dtype("v", v, "k", k)
-    check_shape("k", k, ("kv_len", "num_kv_heads", q.shape[2]))
+    cache_dtypes((k.dtype, v.dtype), q.dtype)
+    check_shape("k", k, ("kv_len", "num_kv_heads", q.shape[2] // (2 if k.dtype == torch.uint8 else 1)))
     check_shape("v", v, (*k.shape[:2], "head_dim_vo"))
     problem = Problem(
         num_qo_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim_qk=q.shape[2],
-        head_dim_vo=v.shape[2],
+        head_dim_vo=v.shape[2] * (2 if v.dtype == torch.uint8 else 1),
         q_dtype=q.dtype,
         kv_dtype=k.dtype,
+        v_dtype=v.dtype if v.dtype != k.dtype else None,
         o_dtype=o_dtype or q.dtype,
         window_left=window_left,
         window_right=0 if causal else -1,
@@ -382,7 +413,8 @@ def single(
     plan = _single_plan(problem, q.shape[0], k.shape[0], q.device, backend)
     out = torch.empty(q.shape[0], problem.num_qo_heads, problem.head_dim_vo, dtype=problem.o_dtype, device=q.device)
     workspace = torch.empty(plan.workspace_size(), dtype=torch.uint8, device=q.device)
-    return launch(plan, q, k, v, out, None, workspace, q.shape[2] ** -0.5 if sm_scale is None else sm_scale)
+    sm_scale, read = read_scales(plan, k, v, kv_layout, q.shape[2] ** -0.5 if sm_scale is None else sm_scale, **scales)
+    return launch(plan, q, k, v, out, None, workspace, sm_scale, scales=read)
 
 
 def debugging() -> bool:

@@ -1,6 +1,6 @@
 """Problem -> Config: the only file that names an architecture, a tile size or a warp count."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,6 +19,7 @@ class Config:
     ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
     unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
+    section_tiles: see Tiling. dynamic: CTAs of a persistent grid draw tiles one by one, instead of by turns.
     """
 
     family: str
@@ -35,6 +36,9 @@ class Config:
     split: bool = True
     one_loop: bool = False
     overlap: bool = False
+    has_e4m3: bool = True  # the GPU converts e4m3 to fp16
+    section_tiles: int = 0
+    dynamic: bool = False
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
@@ -50,6 +54,7 @@ class Config:
             split_cost=self.split_cost,
             kv_chunk=self.kv_chunk,
             split=self.split,
+            section_tiles=self.section_tiles,
         )
 
 
@@ -84,8 +89,13 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
 
 
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
-    """The portable family's rows: the first that fits wins. `sm`: compute capability; (8, x) has no wgmma to keep
-    accumulators of 128 x 64 logits within 255 registers, so its tiles are smaller."""
+    """The portable family's choice. `sm`: compute capability."""
+    return replace(_portable_row(p, w, sm, sms), has_e4m3=sm >= (8, 9))
+
+
+def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Config:
+    """The portable family's rows: the first that fits wins. (8, x) has no wgmma to keep accumulators of 128 x 64 logits
+    within 255 registers, so its tiles are smaller."""
     group, rows = p.group_size, w.max_qo_len * p.group_size
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:  # products in fp64: small tiles, or the operands spill
@@ -113,3 +123,59 @@ def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 1
     if rows <= 64:
         return Config("portable", 64, 64, group, ctas_per_sm=2)
     return Config("portable", 128, 64, group, num_warps=8, split_cost=4.0)  # enough rows to be bound by arithmetic
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How a grouped matrix product runs.
+
+    family: "portable" or "hopper". block_m x block_n: a tile of the output; block_k: columns of x of a step.
+    ctas_per_sm: CTAs that share an SM. group_m: row blocks that share a column block of the weight while it is in L2.
+    """
+
+    family: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    ctas_per_sm: int = 1
+    group_m: int = 8
+
+    def max_tiles(self, segments: int, rows: int, d_out: int) -> int:
+        """Tiles of `rows` rows in all, however the segments (and the rows before and after them) cut these."""
+        blocks = rows // self.block_m + segments + 2
+        return min(blocks, rows) * -(-d_out // self.block_n)
+
+
+def choose_gemm(
+    segments: int, rows: int, d_in: int, d_out: int, itemsize: int, sm: tuple[int, int], sms: int, hopper: bool = False
+) -> GemmConfig:
+    """The configuration of a grouped product: the first row that fits wins.
+
+    Args:
+        segments, rows: products, and rows of one on average; what the device alone knows does not count.
+        itemsize: bytes of an element of x.
+        sm: compute capability; (0, 0) for the interpreter. sms: streaming multiprocessors to fill.
+        hopper: whether the Hopper kernel can take the tensors.
+    """
+    if itemsize == 4:  # products in fp64: larger tiles spill
+        return GemmConfig("portable", 32, 32, 32, num_stages=2, ctas_per_sm=2)
+
+    def tiles(block_m: int, block_n: int) -> int:
+        return segments * -(-rows // block_m) * -(-d_out // block_n)
+
+    step = 128 // itemsize  # columns of x in 128 bytes, one swizzled row of shared memory
+    if d_out <= 64:  # LoRA's way down: x is all the traffic, each row block is read once
+        block_n = max(16, 1 << (d_out - 1).bit_length())
+        block_m = next((m for m in (64, 32) if tiles(m, block_n) >= sms), 16)
+        return GemmConfig("portable", block_m, block_n, 2 * step, num_stages=4, ctas_per_sm=2)
+    if rows <= 64:  # few rows: the weights are all the traffic, each column block is read once
+        block_m = next(m for m in (16, 32, 64) if rows <= m)
+        block_n = next((n for n in (128, 64) if tiles(block_m, n) >= sms), 32)
+        return GemmConfig("portable", block_m, block_n, 2 * step, num_stages=3, ctas_per_sm=2)
+    if hopper:
+        return GemmConfig("hopper", 128, 256, step, num_stages=4, group_m=16)
+    if sm >= (9, 0):
+        return GemmConfig("portable", 128, 128, step, num_warps=8, num_stages=4)
+    return GemmConfig("portable", 128, 128, step // 2, num_warps=8, num_stages=4)

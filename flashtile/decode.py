@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from flashtile.attention import (
+    DType,
+    KVDType,
     PagedKV,
     PlannedOp,
-    check_dtypes,
+    cache_dtypes,
     check_pos_encoding,
     host_ints,
     reject,
-    scale_output,
-    scaled,
     single,
     split_paged_cache,
     to_dtype,
+    without_page_dim,
 )
-from flashtile.checks import check_shape, check_tensor
+from flashtile.checks import check_shape
 from flashtile.plan.problem import Problem
+from flashtile.scales import Scale
 
 
 def single_decode_with_kv_cache(
@@ -34,25 +36,31 @@ def single_decode_with_kv_cache(
     kv_layout: str = "NHD",
     pos_encoding_mode: str = "NONE",
     use_tensor_cores: bool = False,
-    q_scale: float | None = None,
-    k_scale: float | None = None,
-    v_scale: float | None = None,
+    q_scale: Scale = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
     window_left: int = -1,
     logits_soft_cap: float | None = None,
     sm_scale: float | None = None,
     rope_scale: float | None = None,
     rope_theta: float | None = None,
     return_lse: bool = False,
+    k_zero: Scale = None,
+    v_zero: Scale = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one token over the KV of one request (arXiv:2307.08691).
 
     Args:
         q: [num_qo_heads, head_dim], fp16, bf16 or fp32.
-        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ.
+        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ. Each of q's
+            dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
         kv_layout: "NHD" or "HND".
         pos_encoding_mode: "NONE".
         use_tensor_cores: a hint; results do not depend on it.
-        q_scale, k_scale: factors on the logits; v_scale: factor on the output. Python floats or CPU scalars.
+        q_scale: factor on the logits: a number, or a tensor of one element.
+        k_scale, v_scale, k_zero, v_zero: a number n of k or v stands for (n - zero) * scale. Numbers or tensors: one element,
+            [num_kv_heads], or k's shape without head_dim, then also with groups of 32, 64 or 128 elements of head_dim as one
+            more dimension. Default: 1, and 0 (8 for int4). Zero points are for int8 and int4.
         window_left: the token sees itself and this many keys before it; -1: all.
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         sm_scale: factor on q.k; default head_dim ** -0.5.
@@ -67,7 +75,6 @@ def single_decode_with_kv_cache(
     check_pos_encoding(pos_encoding_mode)
     reject(rope_scale=rope_scale, rope_theta=rope_theta)
     check_shape("q", q, ("num_qo_heads", "head_dim"))
-    scale = scaled(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale, q_scale=q_scale, k_scale=k_scale)
     out, lse = single(
         q[None],
         k,
@@ -76,9 +83,13 @@ def single_decode_with_kv_cache(
         causal=False,
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
-        sm_scale=scale,
+        sm_scale=sm_scale,
+        q_scale=q_scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        k_zero=k_zero,
+        v_zero=v_zero,
     )
-    scale_output(out, v_scale)
     return (out[0], lse[0]) if return_lse else out[0]
 
 
@@ -131,16 +142,16 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
         logits_soft_cap: float | None = None,
-        q_data_type: str | torch.dtype | None = None,
-        kv_data_type: str | torch.dtype | None = None,
-        data_type: str | torch.dtype | None = None,
+        q_data_type: DType | None = None,
+        kv_data_type: KVDType = None,
+        data_type: DType | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
         non_blocking: bool = True,
         block_tables: Tensor | None = None,
         seq_lens: Tensor | None = None,
-        o_data_type: str | torch.dtype | None = None,
+        o_data_type: DType | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
         head_dim_vo: int | None = None,
@@ -153,7 +164,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
             last_page_len: [batch_size], tokens in each request's last page, 1..page_size (0 for a request without pages).
             head_dim: of q and k, and of v unless head_dim_vo is given; a multiple of 8 from 16 to 512.
             window_left, logits_soft_cap, sm_scale: as of single_decode_with_kv_cache.
-            q_data_type: default float16. kv_data_type: default q_data_type. data_type: both, where they are not given.
+            q_data_type: default float16. kv_data_type: default q_data_type; or float8_e4m3fn, float8_e5m2, int8, uint8 (packed
+                int4), or a tuple of K's and V's. data_type: both, where they are not given.
             o_data_type: of the output, default q_data_type.
             non_blocking: taken for compatibility; copies never block.
 
@@ -170,8 +182,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
             disable_split_kv=disable_split_kv,
         )
         q_dtype = to_dtype("q_data_type", q_data_type or data_type or "float16")
-        kv_dtype = to_dtype("kv_data_type", kv_data_type or data_type or q_dtype)
-        check_dtypes(q_dtype, kv_dtype, self.device)
+        k_dtype, v_dtype = cache_dtypes(kv_data_type or data_type, q_dtype)
         if page_size < 1:
             raise ValueError(f"page_size: expected at least 1 token, got {page_size}")
         kv_indptr = host_ints("indptr", indptr)
@@ -181,7 +192,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
             head_dim_qk=head_dim,
             head_dim_vo=head_dim_vo or head_dim,
             q_dtype=q_dtype,
-            kv_dtype=kv_dtype,
+            kv_dtype=k_dtype,
+            v_dtype=v_dtype if v_dtype != k_dtype else None,
             o_dtype=to_dtype("o_data_type", o_data_type or q_dtype),
             page_size=page_size,
             window_left=window_left,
@@ -197,15 +209,17 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
         q: Tensor,
         paged_kv_cache: PagedKV,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
         window_left: int | None = None,
         sinks: Tensor | None = None,
+        k_zero: Scale = None,
+        v_zero: Scale = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend each request's token to its whole cache. Launches only: no host sync.
 
@@ -213,7 +227,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
             q: [batch_size, num_qo_heads, head_dim].
             paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size,
                 head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension contiguous.
-            q_scale, k_scale: factors on the logits; v_scale: factor on the output. Python floats or CPU scalars.
+            q_scale: factor on the logits: a number, or a tensor of one element.
+            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches without head_dim.
             out: [batch_size, num_qo_heads, head_dim_vo]; lse: [batch_size, num_qo_heads], fp32: written if given.
             window_left: must equal the planned one if given.
             sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.
@@ -230,9 +245,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
         if window_left is not None and window_left != plan.problem.window_left:
             raise ValueError(f"window_left: expected the planned {plan.problem.window_left}, got {window_left}")
         k, v = split_paged_cache(paged_kv_cache, self._kv_layout)
-        scale = scaled(self._sm_scale, q_scale=q_scale, k_scale=k_scale)
-        out, lse = self._launch(check_tensor("q", q), k, v, out, lse, scale, sinks)
-        scale_output(out, v_scale)
+        short = without_page_dim(paged_kv_cache)
+        out, lse = self._launch(q, k, v, out, lse, sinks, short, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
+                                k_zero=k_zero, v_zero=v_zero)  # fmt: skip
         return (out, lse) if return_lse else out
 
     run_return_lse = partialmethod(run, return_lse=True)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from flashtile.backend import kernels
 
-_LIBRARY = torch.library.Library("flashtile", "DEF")
+_LIBRARY: Any = torch.library.Library("flashtile", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register `flashtile::<name>` from its schema, e.g. "rmsnorm(Tensor input, Tensor weight, float eps) -> Tensor".
 
-    `impl` serves CPU and CUDA; `fake` returns outputs of the right shape and dtype without computing (None for an op that
-    only mutates arguments, which the schema marks, e.g. "Tensor(a!) q").
+    `impl` serves CPU and CUDA; `fake` returns outputs of the right shape and dtype without computing (None for an op
+    that only mutates arguments, which the schema marks, e.g. "Tensor(a!) q").
 
     Returns:
         The op, to be called as torch.ops.flashtile.<name>.default would be.

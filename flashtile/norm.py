@@ -1,5 +1,5 @@
-"""Normalisation of rows: root mean square (arXiv:1910.07467) and layer norm (arXiv:1607.06450), alone and fused with what
-stands next to them in a transformer. Defined by reference/norm.py.
+"""Normalisation of rows: root mean square (arXiv:1910.07467) and layer norm (arXiv:1607.06450), alone and fused with
+what stands next to them in a transformer. Defined by reference/norm.py.
 
 Sums are fp32; results are rounded once. Inference only: no gradients."""
 
@@ -7,7 +7,21 @@ import torch
 from torch import Tensor
 
 from flashtile import checks, library
+from flashtile.qk_norm_rope import fused_qk_rmsnorm_rope
 from flashtile.quantization import output_scale
+
+__all__ = [
+    "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant",
+    "fused_qk_rmsnorm_rope",
+    "fused_rmsnorm_silu",
+    "gemma_fused_add_rmsnorm",
+    "gemma_rmsnorm",
+    "layernorm",
+    "layernorm_quant",
+    "rmsnorm",
+    "rmsnorm_quant",
+]
 
 _ROWS = "Tensor input, Tensor weight, float eps"
 _SCALE = "Tensor? out_scale, float out_factor"

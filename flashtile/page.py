@@ -213,15 +213,15 @@ def _check_append_values(
         last_page_len = kv_last_page_len.cpu().numpy()[b]
         if (wrong := (num_pages_of > 0) & ((last_page_len < 1) | (last_page_len > page_size))).any():
             raise error(
-                f"kv_last_page_len: expected 1 to {page_size} (page_size), new tokens counted, in request {b[wrong][0]}, "
-                f"got {last_page_len[wrong][0]}"
+                f"kv_last_page_len: expected 1 to {page_size} (page_size), new tokens counted, in request "
+                f"{b[wrong][0]}, got {last_page_len[wrong][0]}"
             )
         kv_len = kv_len - (num_pages_of > 0) * (page_size - last_page_len)
     if (wrong := (pos < 0) | (pos >= kv_len)).any():
         t = int(wrong.argmax())
         raise error(
-            f"positions: expected 0 to {kv_len[t] - 1} in request {b[t]}, whose pages hold {kv_len[t]} tokens by kv_indptr "
-            f"and kv_last_page_len, got {pos[t]} at token {t}"
+            f"positions: expected 0 to {kv_len[t] - 1} in request {b[t]}, whose pages hold {kv_len[t]} tokens by "
+            f"kv_indptr and kv_last_page_len, got {pos[t]} at token {t}"
         )
     pages = page_ids[first_page + pos // page_size]
     if (wrong := (pages < 0) | (pages >= num_pages)).any():

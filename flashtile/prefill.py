@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 
 from flashtile.attention import (
+    DType,
+    KVDType,
     PagedKV,
     PlannedOp,
-    check_dtypes,
+    cache_dtypes,
     check_indptr,
     check_pos_encoding,
     host_ints,
     reject,
-    scale_output,
-    scaled,
     single,
     split_paged_cache,
     to_dtype,
+    without_page_dim,
 )
 from flashtile.checks import check_tensor
 from flashtile.plan.plan import Lengths
 from flashtile.plan.problem import Problem
 from flashtile.plan.worklist import Ints
+from flashtile.scales import Scale
 
 
 def single_prefill_with_kv_cache(
@@ -49,12 +51,18 @@ def single_prefill_with_kv_cache(
     rope_theta: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    kv_cache_sf: Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    k_zero: Scale = None,
+    v_zero: Scale = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last qo_len tokens of one request over its KV (arXiv:2307.08691).
 
     Args:
         q: [qo_len, num_qo_heads, head_dim_qk], fp16, bf16 or fp32.
-        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ.
+        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ. Each of q's
+            dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
         o_dtype: of the output, default q's.
         causal: key j is visible to row i iff j <= i + kv_len - qo_len.
         kv_layout: "NHD" or "HND".
@@ -63,7 +71,8 @@ def single_prefill_with_kv_cache(
         window_left: keys before a row's position that it sees; -1: all.
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         backend: "auto", "fa2" (the portable family) or "fa3" (the Hopper family).
-        scale_q, scale_k, scale_v, custom_mask, packed_custom_mask, rope_scale, rope_theta: not implemented yet.
+        k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache.
+        scale_q, scale_k, scale_v, kv_cache_sf, custom_mask, packed_custom_mask, rope_scale, rope_theta: not implemented yet.
 
     Returns:
         out [qo_len, num_qo_heads, head_dim_vo]; with return_lse also lse [qo_len, num_qo_heads], fp32, base 2.
@@ -82,6 +91,7 @@ def single_prefill_with_kv_cache(
         packed_custom_mask=packed_custom_mask,
         rope_scale=rope_scale,
         rope_theta=rope_theta,
+        kv_cache_sf=kv_cache_sf,
     )
     out, lse = single(
         q,
@@ -94,6 +104,10 @@ def single_prefill_with_kv_cache(
         sm_scale=sm_scale,
         backend=backend,
         o_dtype=o_dtype,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        k_zero=k_zero,
+        v_zero=v_zero,
     )
     return (out, lse) if return_lse else out
 
@@ -159,8 +173,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
         logits_soft_cap: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: str | torch.dtype = "float16",
-        kv_data_type: str | torch.dtype | None = None,
+        q_data_type: DType = "float16",
+        kv_data_type: KVDType = None,
         non_blocking: bool = True,
         prefix_len_ptr: Tensor | None = None,
         token_pos_in_items_ptr: Tensor | None = None,
@@ -168,7 +182,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
         max_item_len_ptr: Tensor | None = None,
         seq_lens: Tensor | None = None,
         block_tables: Tensor | None = None,
-        o_data_type: str | torch.dtype | None = None,
+        o_data_type: DType | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
     ) -> None:
@@ -181,7 +195,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             paged_kv_last_page_len: [batch_size], tokens in each last page, 1..page_size (0 for a request without pages).
             head_dim_qk, head_dim_vo: multiples of 8 from 16 to 512; head_dim_vo defaults to head_dim_qk.
             causal, sm_scale, window_left, logits_soft_cap: as of single_prefill_with_kv_cache.
-            q_data_type: default float16; kv_data_type, o_data_type: default q_data_type.
+            q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or float8_e4m3fn,
+                float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
             non_blocking: taken for compatibility; copies never block.
 
         Raises:
@@ -214,7 +229,6 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             window_left,
             logits_soft_cap,
             (q_data_type, kv_data_type, o_data_type),
-            self.device,
             page_size,
         )
         qo = _qo_offsets(qo_indptr)
@@ -234,15 +248,17 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
         q: Tensor,
         paged_kv_cache: PagedKV,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
         window_left: int | None = None,
         sinks: Tensor | None = None,
+        k_zero: Scale = None,
+        v_zero: Scale = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend each request's query tokens to its cache. Launches only: no host sync.
 
@@ -250,7 +266,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             q: [nnz_qo, num_qo_heads, head_dim_qk].
             paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size,
                 head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension contiguous.
-            q_scale, k_scale: factors on the logits; v_scale: factor on the output. Python floats or CPU scalars.
+            q_scale: factor on the logits: a number, or a tensor of one element.
+            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches without head_dim.
             out: [nnz_qo, num_qo_heads, head_dim_vo]; lse: [nnz_qo, num_qo_heads], fp32: written if given.
             window_left: must equal the planned one if given.
             sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.
@@ -267,9 +284,9 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
         if window_left is not None and window_left != plan.problem.window_left:
             raise ValueError(f"window_left: expected the planned {plan.problem.window_left}, got {window_left}")
         k, v = split_paged_cache(paged_kv_cache, self._kv_layout)
-        scale = scaled(self._sm_scale, q_scale=q_scale, k_scale=k_scale)
-        out, lse = self._launch(check_tensor("q", q), k, v, out, lse, scale, sinks)
-        scale_output(out, v_scale)
+        short = without_page_dim(paged_kv_cache)
+        out, lse = self._launch(q, k, v, out, lse, sinks, short, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
+                                k_zero=k_zero, v_zero=v_zero)  # fmt: skip
         return (out, lse) if return_lse else out
 
     run_return_lse = partialmethod(run, return_lse=True)
@@ -326,14 +343,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
-        q_data_type: str | torch.dtype = "float16",
-        kv_data_type: str | torch.dtype | None = None,
+        q_data_type: DType = "float16",
+        kv_data_type: KVDType = None,
         non_blocking: bool = True,
         prefix_len_ptr: Tensor | None = None,
         token_pos_in_items_ptr: Tensor | None = None,
         token_pos_in_items_len: int = 0,
         max_item_len_ptr: Tensor | None = None,
-        o_data_type: str | torch.dtype | None = None,
+        o_data_type: DType | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
     ) -> None:
@@ -343,7 +360,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
             qo_indptr, kv_indptr: [batch_size + 1], offsets of the requests in query tokens and in KV tokens.
             head_dim_qk, head_dim_vo: multiples of 8 from 16 to 512; head_dim_vo defaults to head_dim_qk.
             causal, sm_scale, window_left, logits_soft_cap: as of single_prefill_with_kv_cache.
-            q_data_type: default float16; kv_data_type, o_data_type: default q_data_type.
+            q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or float8_e4m3fn,
+                float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
             non_blocking: taken for compatibility; copies never block.
 
         Raises:
@@ -372,7 +390,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
             window_left,
             logits_soft_cap,
             (q_data_type, kv_data_type, o_data_type),
-            self.device,
             0,
         )
         qo = _qo_offsets(qo_indptr)
@@ -394,15 +411,17 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
         k: Tensor,
         v: Tensor,
         *args: Any,
-        q_scale: float | None = None,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        q_scale: Scale = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
         o_scale: float | None = None,
         out: Tensor | None = None,
         lse: Tensor | None = None,
         return_lse: bool = False,
         enable_pdl: bool | None = None,
         sinks: Tensor | None = None,
+        k_zero: Scale = None,
+        v_zero: Scale = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend each request's query tokens to its KV. Launches only: no host sync.
 
@@ -410,7 +429,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
             q: [nnz_qo, num_qo_heads, head_dim_qk].
             k, v: [nnz_kv, num_kv_heads, head_dim] (NHD) or [num_kv_heads, nnz_kv, head_dim] (HND); any strides, the last
                 dimension contiguous.
-            q_scale, k_scale: factors on the logits; v_scale: factor on the output. Python floats or CPU scalars.
+            q_scale: factor on the logits: a number, or a tensor of one element.
+            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches without head_dim.
             out: [nnz_qo, num_qo_heads, head_dim_vo]; lse: [nnz_qo, num_qo_heads], fp32: written if given.
             sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.
             enable_pdl: a hint on launch overlap; results do not depend on it.
@@ -424,9 +444,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
         reject(args=args or None, o_scale=o_scale)
         if self._kv_layout == "HND":
             k, v = (check_tensor(n, x).transpose(0, 1) for n, x in (("k", k), ("v", v)))
-        scale = scaled(self._sm_scale, q_scale=q_scale, k_scale=k_scale)
-        out, lse = self._launch(check_tensor("q", q), k, v, out, lse, scale, sinks)
-        scale_output(out, v_scale)
+        out, lse = self._launch(q, k, v, out, lse, sinks, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
+                                k_zero=k_zero, v_zero=v_zero)  # fmt: skip
         return (out, lse) if return_lse else out
 
     run_return_lse = partialmethod(run, return_lse=True)
@@ -446,20 +465,19 @@ def _problem(
     causal: bool,
     window_left: int,
     logits_soft_cap: float | None,
-    dtypes: tuple[str | torch.dtype, str | torch.dtype | None, str | torch.dtype | None],
-    device: torch.device,
+    dtypes: tuple[DType, KVDType, DType | None],
     page_size: int,
 ) -> Problem:
     q_dtype = to_dtype("q_data_type", dtypes[0])
-    kv_dtype = to_dtype("kv_data_type", dtypes[1] or q_dtype)
-    check_dtypes(q_dtype, kv_dtype, device)
+    k_dtype, v_dtype = cache_dtypes(dtypes[1], q_dtype)
     return Problem(
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim_qk=head_dim_qk,
         head_dim_vo=head_dim_vo or head_dim_qk,
         q_dtype=q_dtype,
-        kv_dtype=kv_dtype,
+        kv_dtype=k_dtype,
+        v_dtype=v_dtype if v_dtype != k_dtype else None,
         o_dtype=to_dtype("o_data_type", dtypes[2] or q_dtype),
         page_size=page_size,
         window_left=window_left,

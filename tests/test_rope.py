@@ -17,6 +17,27 @@ def test_cos_sin_cache(case: cases.RopeCase) -> None:
     cases.check_cos_sin_cache(case, "cpu")
 
 
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+def test_ragged(case: cases.RopeCase) -> None:
+    cases.check_ragged(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_llama31(case: cases.RopeCase) -> None:
+    cases.check_llama31(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.QUANTIZE_CASES, ids=str)
+def test_quantize(case: cases.QuantizeCase) -> None:
+    cases.check_quantize(case, "cpu")
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("case", cases.SMALL_QUANTIZE_CASES, ids=str)
+def test_quantize_append(case: cases.QuantizeCase, kv_layout: str) -> None:
+    cases.check_quantize_append(case, kv_layout, "cpu")
+
+
 def test_position_zero_changes_nothing() -> None:
     cases.check_position_zero_changes_nothing("cpu")
 
@@ -29,6 +50,18 @@ def test_ops() -> None:
     torch.library.opcheck(torch.ops.flashtile.rope_inplace.default, (q, k, *by_frequency))
     torch.library.opcheck(torch.ops.flashtile.rope_cached.default, (*outputs, q, k, pos_ids, cache, True))
     torch.library.opcheck(torch.ops.flashtile.rope_cached_inplace.default, (q, k, pos_ids, cache, True))
+
+
+def test_quantize_ops() -> None:
+    shapes = ((2, 8), (2, 4), (1, 8), (1, 4))
+    inputs = [torch.randn(3, *shape) for shape in shapes]
+    outs = [torch.empty(3, *shape) for shape in shapes]  # not fp8, which opcheck cannot compare
+    how = (torch.arange(3), torch.randn(4, 8), True, 1.0, 1.0, False)
+    torch.library.opcheck(torch.ops.flashtile.rope_quantize.default, (*outs, *inputs, *how))
+    caches = [torch.zeros(2, 2, 1, dim) for dim in (8, 4, 8)]
+    indices = (torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([1, 0]), torch.tensor([0, 2]))
+    args = (*outs[:2], *caches, *inputs, torch.randn(3, 1, 8), *how, *indices)
+    torch.library.opcheck(torch.ops.flashtile.rope_quantize_append.default, args)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -62,6 +95,38 @@ def test_errors(change: dict[str, torch.Tensor], message: str) -> None:
     args = {"q": torch.ones(3, 2, 8), "k": torch.ones(3, 1, 8), "pos_ids": torch.arange(3)} | change
     with pytest.raises(ValueError, match=message):
         rope.apply_rope_pos_ids(**args)
+
+
+def test_ragged_errors() -> None:
+    q, k = torch.ones(3, 2, 8), torch.ones(3, 1, 8)
+    with pytest.raises(ValueError, match=r"nnz: expected append_indptr\[-1\] = 2, got 3"):
+        rope.apply_rope(q, k, torch.tensor([0, 2]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"indptr: expected shape \[2\], got \[3\]"):
+        rope.apply_rope(q, k, torch.tensor([0, 2, 3]), torch.tensor([0]))
+    with pytest.raises(ValueError, match="pos_ids: expected values from 0 to .*, got -1 at token 0"):
+        rope.apply_rope_inplace(q, k, torch.tensor([0, 3]), torch.tensor([-1]))
+    with pytest.raises(ValueError, match="high_freq_factor: expected more than low_freq_factor = 4.0, got 4.0"):
+        rope.apply_llama31_rope_pos_ids(q, k, torch.arange(3), low_freq_factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_rope": torch.ones(3, 4)}, r"k_rope: expected shape \[3, num_kv_heads, 8\], got \[3, 1, 4\]"),
+        ({"q_nope": torch.ones(3, 1, 8)}, r"q_nope: expected shape \[3, 2, nope_dim\], got \[3, 1, 8\]"),
+        ({"k_nope": torch.ones(3, 8).half()}, "k_nope: expected the dtype of q_rope"),
+        ({"quantize_dtype": torch.float16}, "quantize_dtype: expected torch.float8_e4m3fn or torch.float8_e5m2, got"),
+        ({"q_rope_out": torch.ones(3, 2, 8).to(torch.float8_e5m2)}, "q_rope_out: expected dtype float8_e4m3fn, got"),
+        ({"cos_sin_cache": torch.ones(4, 4)}, r"cos_sin_cache: expected shape \[max_position, 8\], got \[4, 4\]"),
+        ({"pos_ids": torch.tensor([0, 4, 0])}, "pos_ids: expected values from 0 to 3, got 4 at token 1"),
+    ],
+)
+def test_quantize_errors(change: dict[str, object], message: str) -> None:
+    parts = {"q_rope": torch.ones(3, 2, 8), "k_rope": torch.ones(3, 8), "q_nope": None, "k_nope": None}
+    args = parts | {"cos_sin_cache": torch.ones(4, 8), "pos_ids": torch.arange(3)}
+    args |= {"quantize_dtype": torch.float8_e4m3fn} | change
+    with pytest.raises(ValueError, match=message):
+        rope.rope_quantize_fp8(**args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

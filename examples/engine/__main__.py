@@ -25,9 +25,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     prompts = args.prompt + (read_prompts(args.prompts_file) if args.prompts_file else [])
 
-    source, tokenizer = cli.load_source(args)
-    engine = cli.make_engine(args, source)
-    del source  # the engine has its own, fused copy of the weights
     from examples.engine.console import answer
     from examples.engine.scheduler import Sampling
 
@@ -42,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         raise cli.UserError(str(error)) from error
+    source, tokenizer = cli.load_source(args)
+    engine = cli.make_engine(args, source)
+    del source  # the engine has its own, fused copy of the weights
     requests = answer(engine, tokenizer, prompts or list(PROMPTS), sampling, raw=args.raw, stream=args.stream)
     print(f"\n{engine.stats}")
     return 1 if any(r.finish_reason == "refused" for r in requests) else 0

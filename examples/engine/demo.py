@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prompts = [r.prompt for r in requests if r.finish_reason != "refused"]
     source.to(engine.model.device, engine.model.dtype)
-    where = f"{engine.model.device}, {args.dtype}, {torch.get_num_threads()} threads"
+    where = f"{args.device}, {args.dtype}, CPU threads: {torch.get_num_threads()}"
     print(f"\nOnce more, {args.max_new_tokens} tokens each, ends of text ignored, best of {ROUNDS} ({where}):")
     ours, theirs, rates = compare(engine, source, prompts, args.max_new_tokens)
     print(f"  this engine               {rates[0]:8.1f} tokens/s")

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 class Linear:
     """A linear layer without gradients.
 
-    On the CPU, oneDNN keeps an fp32 weight in blocks of the size its kernels read: 8 tokens through all layers and the head
-    of the 135M model take 43 ms instead of 80 ms (one core, AVX-512), long prompts 0.8 of the time. torch.compile packs
-    weights with these two ops when it freezes a model; they have no public name, so a torch without them is served too.
+    On the CPU, oneDNN keeps an fp32 weight in blocks of the size its kernels read: 8 tokens through all layers and the
+    head of the 135M model take 43 ms instead of 80 ms (one core, AVX-512), long prompts 0.8 of the time. torch.compile
+    packs weights with these two ops when it freezes a model; they have no public name, so a torch without them is
+    served too.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -16,6 +16,7 @@ from examples.engine.linear import Linear
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence length
 
+
 @dataclass(frozen=True)
 class Batch:
     """One step's tokens of all its requests, in a row, and where their K and V live. Index tensors on the device."""

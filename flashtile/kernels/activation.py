@@ -48,8 +48,8 @@ def act_and_mul_kernel(
     ACT: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, ENABLE_PDL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """out [num_rows, DIM] = ACT(gate) * up for input [num_rows, 2 * DIM] = [gate, up]; strides in units. fp8 out is scaled
-    by factor / out_scale."""
+    """out [num_rows, DIM] = ACT(gate) * up for input [num_rows, 2 * DIM] = [gate, up]; strides in units. fp8 out is
+    scaled by factor / out_scale."""
     start_after_previous(ENABLE_PDL)
     num_col_blocks: tl.constexpr = tl.cdiv(DIM, BLOCK_DIM)
     row = tl.program_id(0).to(tl.int64) // num_col_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -12,10 +12,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.config import Config, portable
-from flashtile.kernels import kv, variants
+from flashtile.kernels import codec, kv, variants
+from flashtile.kernels.kv import load_factor, load_group_factor, load_rows, of_head
 from flashtile.kernels.softmax import LOG2_E, NEG_INF, add_sink, finish, softmax_step
 from flashtile.plan.plan import Plan
-from flashtile.plan.problem import Problem, Workload
+from flashtile.plan.problem import PARTS, Problem, Workload
+from flashtile.plan.scales import NO_SCALES, Factor, Scales
 from flashtile.plan.worklist import ITEM_STRIDE, MERGE_STRIDE
 from flashtile.testing.compile import CompileCase
 
@@ -24,44 +26,90 @@ MERGE = tl.constexpr(MERGE_STRIDE)
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b in fp32. fp32 operands are multiplied in fp64: sums of TF32 products, or of 512 fp32 ones in a row, err more
+def dot(a, b, acc):
+    """acc + a @ b in fp32. fp32 operands are multiplied in fp64: sums of TF32 products, or of 512 fp32 ones in a row, err more
     than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that serve models."""
     if a.dtype == tl.float32:
-        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     else:
-        return tl.dot(a, b)
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def rescale_groups(parts, scale, zero, page, row, cols, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
+    """Decoded parts with a scale, and perhaps a zero point, per group of GROUP_WIDTH columns."""
+    scales = load_group_factor(scale, page, row, cols, in_range, WIDTH, GROUP_WIDTH)
+    out = ()
+    for i in tl.static_range(len(parts)):
+        x = parts[i].to(tl.float32)
+        if zero is not None:
+            x -= load_group_factor(zero, page, row, cols, in_range, WIDTH, GROUP_WIDTH)
+        out = out + (x * scales,)
+    return out
+
+
+@triton.jit
+def split_scale(scale):
+    """A scale [BLOCK_N] fp32 as mantissa * 2**power: power, 2**-power and the mantissa, fp32. The power is at least -100, so
+    that sums of 2**-power are finite even where V is all zeros, and its scale with it."""
+    bits = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 27 << 23)
+    inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
+    return (bits >> 23).to(tl.float32) - 127.0, inverse, scale * inverse
+
+
+@triton.jit
+def whole(parts):
+    """One tile from the parts of codec.py, the dims in order."""
+    if len(parts) == 1:
+        return parts[0]
+    elif len(parts) == 2:
+        return tl.interleave(parts[0], parts[1])
+    else:
+        return tl.interleave(tl.interleave(parts[0], parts[2]), tl.interleave(parts[1], parts[3]))
 
 
 @triton.jit
 def attend(
-    q, q_pos, k_ptr, v_ptr, kv_base, kv_indices_ptr, stride_kp, stride_kn, stride_vp, stride_vn, sm_scale, soft_cap,
-    window_left, window_right, begin, end, m, l, acc,
-    KV_OFFSET: tl.constexpr, LOGITS: tl.constexpr, PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, MASKED: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, D_QK: tl.constexpr, D_VO: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
+    m, l, acc, shift,
+    KV_ROW: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
+    V_FORM: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc [BLOCK_M, BLOCK_DV], all fp32.
+    """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles [BLOCK_M, BLOCK_V], all fp32.
 
-    q [BLOCK_M, BLOCK_D], unscaled; q_pos [BLOCK_M], position in the KV sequence. Without MASKED, all rows see all of
-    [begin, end) and its length is a multiple of BLOCK_N.
+    q: tuple of tiles [BLOCK_M, BLOCK_K], one per part of K; q_sum [BLOCK_M]: its sum over all dims, for the zero point;
+    q_pos [BLOCK_M]: position in the KV sequence. k, v: (pointer, stride of a page, stride of a row, scale, zero point).
+    shift [BLOCK_M]: what V's zero points take from each dim of acc. Without MASKED, all rows see all of [begin, end) and
+    its length is a multiple of BLOCK_N.
     """
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    k_ptr, stride_kp, stride_kn, k_scale, k_zero = k
+    v_ptr, stride_vp, stride_vn, v_scale, v_zero = v
+    cols_k = tl.arange(0, BLOCK_K)
+    cols_v = tl.arange(0, BLOCK_V)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         kv_pos = start + tl.arange(0, BLOCK_N)
         in_range = kv_pos < end if MASKED else tl.full([BLOCK_N], True, tl.int1)
-        k_rows = KV_OFFSET(kv_pos, in_range, kv_base, kv_indices_ptr, stride_kp, stride_kn, PAGE_SIZE)
+        page, row = KV_ROW(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE)
+        k_rows = page * stride_kp + row * stride_kn
         v_rows = k_rows  # K and V are most often of one shape: half the address arithmetic
         if not ALIKE:
-            v_rows = KV_OFFSET(kv_pos, in_range, kv_base, kv_indices_ptr, stride_vp, stride_vn, PAGE_SIZE)
-        k_ptrs = k_ptr + (k_rows[:, None] + offs_d[None, :])
-        v_ptrs = v_ptr + (v_rows[:, None] + offs_dv[None, :])
-        if MASKED or D_QK != BLOCK_D:
-            k = tl.load(k_ptrs, mask=in_range[:, None] & (offs_d < D_QK)[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
-        s = LOGITS(dot(q, k.T), sm_scale, soft_cap)  # [BLOCK_M, BLOCK_N], log2 units
+            v_rows = page * stride_vp + row * stride_vn
+
+        keys = K_DECODE(load_rows(k_ptr, k_rows, cols_k, in_range, MASKED, K_WIDTH, BLOCK_K))
+        if K_FORM == "group":
+            keys = rescale_groups(keys, k_scale, k_zero, page, row, cols_k, in_range, K_WIDTH, K_GROUP)
+        s = tl.zeros([q[0].shape[0], BLOCK_N], tl.float32)
+        for i in tl.static_range(len(keys)):
+            s = dot(q[i], keys[i].to(K_TYPE).T, s)
+        if K_FORM != "group":
+            if k_zero is not None:
+                s -= q_sum[:, None] * load_factor(k_zero, page, row, in_range, MASKED)[None, :]
+            if K_FORM == "token":
+                s *= load_factor(k_scale, page, row, in_range, MASKED)[None, :]
+        s = LOGITS(s, logit_params)  # [BLOCK_M, BLOCK_N], log2 units
         if MASKED:
             keep = in_range[None, :]
             if LEFT:
@@ -69,30 +117,76 @@ def attend(
             if RIGHT:
                 keep &= kv_pos[None, :] <= q_pos[:, None] + window_right
             s = tl.where(keep, s, NEG_INF)
-        p, m, l, acc = softmax_step(s, m, l, acc, MASKED)
-        if MASKED or D_VO != BLOCK_DV:
-            v = tl.load(v_ptrs, mask=in_range[:, None] & (offs_dv < D_VO)[None, :], other=0.0)
+
+        if V_FORM == "token":
+            # the scale's exponent joins the logit, so that p * scale is below 2 and fits fp16 whatever the scales are
+            power, inverse, mantissa = split_scale(load_factor(v_scale, page, row, in_range, MASKED))
+            p, m, alpha = softmax_step(s + power[None, :], m, MASKED)
+            l = l * alpha + tl.sum(p * inverse[None, :], 1)
+            p *= mantissa[None, :]
         else:
-            v = tl.load(v_ptrs)
-        if v.dtype == tl.float32:
-            acc += dot(p, v)
-        else:
-            acc = tl.dot(p.to(v.dtype), v, acc)
-    return m, l, acc
+            p, m, alpha = softmax_step(s, m, MASKED)
+            l = l * alpha + tl.sum(p, 1)
+        values = V_DECODE(load_rows(v_ptr, v_rows, cols_v, in_range, MASKED, V_WIDTH, BLOCK_V))
+        if V_FORM == "group":
+            values = rescale_groups(values, v_scale, v_zero, page, row, cols_v, in_range, V_WIDTH, V_GROUP)
+        p = p.to(V_TYPE)
+        if V_FORM != "group" and v_zero is not None:
+            zero = load_factor(v_zero, page, row, in_range, MASKED)
+            shift = shift * alpha + tl.sum(p.to(tl.float32) * zero[None, :], 1)
+        new = ()
+        for i in tl.static_range(len(values)):
+            new = new + (dot(p, values[i].to(V_TYPE), acc[i] * alpha[:, None]),)
+        acc = new
+    return m, l, acc, shift
+
+
+@triton.jit
+def load_query(q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):
+    """The query in parts, as codec.py cuts K: tiles [BLOCK_M, BLOCK] of dims i, i + PARTS_OF ... Also its sum over all dims,
+    and the factor [BLOCK_M] that was taken out of it: bf16 values may exceed fp16."""
+    cols = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (cols < WIDTH)[None, :]
+    loaded = ()
+    for i in tl.static_range(PARTS_OF):
+        ptrs = q_ptr + (rows[:, None] + (cols * PARTS_OF + i)[None, :])
+        loaded = loaded + (tl.load(ptrs, mask=mask, other=0.0),)
+    unit = tl.full([rows.shape[0]], 1.0, tl.float32)
+    if q_ptr.dtype.element_ty == tl.bfloat16 and TYPE == tl.float16:
+        top = tl.zeros([rows.shape[0]], tl.float32)
+        for i in tl.static_range(PARTS_OF):
+            top = tl.maximum(top, tl.max(tl.abs(loaded[i].to(tl.float32)), 1))
+        power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the largest power of 2 <= top
+        unit = tl.where(power == 0.0, 1.0, power)
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    q = ()
+    for i in tl.static_range(PARTS_OF):
+        part = loaded[i]
+        if part.dtype != TYPE:
+            part = (part.to(tl.float32) / unit[:, None]).to(TYPE)
+        total += tl.sum(part.to(tl.float32), 1)
+        q = q + (part,)
+    return q, total, unit
 
 
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, kv_indices_ptr, sinks_ptr,
+    k_scale, v_scale, k_zero, v_zero,
     stride_qn, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_on, stride_oh,
-    sm_scale, soft_cap, window_left, window_right, num_qo_heads,
-    KV_OFFSET: tl.constexpr, LOGITS: tl.constexpr, PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SINKS: tl.constexpr, D_QK: tl.constexpr, D_VO: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
+    sm_scale, out_scale, soft_cap, window_left, window_right, num_qo_heads,
+    KV_ROW: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
+    V_FORM: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)]."""
+    """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
+
+    A row of K is K_WIDTH elements of k_ptr, each with K_PARTS values. k_scale ... v_zero: (pointer, strides of a page, a
+    row and a head, for "group" also a group), or (pointer, stride of a head) for "head"; None if there is none.
+    """
     item = items_ptr + tl.program_id(1).to(tl.int64) * ITEM
     q_begin = tl.load(item + 1)
     qo_len = tl.load(item + 2)
@@ -111,11 +205,8 @@ def attention_kernel(
     valid = token < qo_len
     q_row = (q_begin + token).to(tl.int64)
     q_pos = token + kv_len - qo_len
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    q_mask = valid[:, None] & (offs_d < D_QK)[None, :]
-    q = tl.load(
-        q_ptr + (q_row * stride_qn + head.to(tl.int64) * stride_qh)[:, None] + offs_d[None, :], mask=q_mask, other=0.0
+    q, q_sum, q_unit = load_query(
+        q_ptr, q_row * stride_qn + head.to(tl.int64) * stride_qh, valid, K_PARTS, K_WIDTH, BLOCK_K, K_TYPE
     )
 
     # [begin, left) and [right, end) hold keys that some rows must not see, [left, right) is visible to all
@@ -130,45 +221,71 @@ def attention_kernel(
         right = tl.minimum(end, first + window_right + 1)
     right = tl.maximum(begin + tl.maximum(right - begin, 0) // BLOCK_N * BLOCK_N, left)
 
+    if K_FORM == "head":
+        sm_scale *= tl.load(k_scale[0] + kv_head * k_scale[1]).to(tl.float32)
+    elif K_FORM != "none":
+        k_scale = of_head(k_scale, kv_head)
+    if V_FORM == "head":
+        out_scale *= tl.load(v_scale[0] + kv_head * v_scale[1]).to(tl.float32)
+    elif V_FORM != "none":
+        v_scale = of_head(v_scale, kv_head)
+    if k_zero is not None:
+        k_zero = of_head(k_zero, kv_head)
+    if v_zero is not None:
+        v_zero = of_head(v_zero, kv_head)
+    if q_ptr.dtype.element_ty == tl.bfloat16 and K_TYPE == tl.float16:
+        logit_params = ((sm_scale * q_unit)[:, None], soft_cap)
+    else:
+        logit_params = (sm_scale, soft_cap)
+
     m = tl.full([BLOCK_M], NEG_INF, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    acc = ()
+    for _ in tl.static_range(V_PARTS):
+        acc = acc + (tl.zeros([BLOCK_M, BLOCK_V], tl.float32),)
+    shift = tl.zeros([BLOCK_M], tl.float32)
+    k = (k_ptr + kv_head * stride_kh, stride_kp, stride_kn, k_scale, k_zero)
+    v = (v_ptr + kv_head * stride_vh, stride_vp, stride_vn, v_scale, v_zero)
     if ONE_LOOP:
-        m, l, acc = attend(q, q_pos, k_ptr, v_ptr, kv_base, kv_indices_ptr, stride_kp, stride_kn, stride_vp, stride_vn,
-                           sm_scale, soft_cap, window_left, window_right, begin, end, m, l, acc,
-                           KV_OFFSET, LOGITS, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, D_QK, D_VO, BLOCK_D, BLOCK_DV, BLOCK_N,
-                           STAGES)  # fmt: skip
+        m, l, acc, shift = attend(
+            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
+            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
+            PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, STAGES)  # fmt: skip
     else:
         if LEFT:
-            m, l, acc = attend(q, q_pos, k_ptr, v_ptr, kv_base, kv_indices_ptr, stride_kp, stride_kn, stride_vp, stride_vn,
-                               sm_scale, soft_cap, window_left, window_right, begin, left, m, l, acc,
-                               KV_OFFSET, LOGITS, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, D_QK, D_VO, BLOCK_D, BLOCK_DV,
-                               BLOCK_N, 1)  # fmt: skip
-        m, l, acc = attend(q, q_pos, k_ptr, v_ptr, kv_base, kv_indices_ptr, stride_kp, stride_kn, stride_vp, stride_vn,
-                           sm_scale, soft_cap, window_left, window_right, left, right, m, l, acc,
-                           KV_OFFSET, LOGITS, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, D_QK, D_VO, BLOCK_D, BLOCK_DV,
-                           BLOCK_N, STAGES)  # fmt: skip
-        m, l, acc = attend(q, q_pos, k_ptr, v_ptr, kv_base, kv_indices_ptr, stride_kp, stride_kn, stride_vp, stride_vn,
-                           sm_scale, soft_cap, window_left, window_right, right, end, m, l, acc,
-                           KV_OFFSET, LOGITS, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, D_QK, D_VO, BLOCK_D, BLOCK_DV,
-                           BLOCK_N, 1)  # fmt: skip
+            m, l, acc, shift = attend(
+                q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, left,
+                m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
+                PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, 1)  # fmt: skip
+        m, l, acc, shift = attend(
+            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, left, right,
+            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
+            PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, STAGES)  # fmt: skip
+        m, l, acc, shift = attend(
+            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, right, end,
+            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
+            PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, 1)  # fmt: skip
 
     if OVERLAP:
         gdc_launch_dependents()  # the merge may start; it waits for this grid's stores
+    offs_dv = tl.arange(0, BLOCK_V * V_PARTS)
+    gain = tl.full([BLOCK_M], 1.0, tl.float32) * out_scale
+    if SINKS:  # once per row: of a split tile, the merge adds it
+        m, l, alpha = add_sink(m, l, tl.load(sinks_ptr + head, mask=valid & (slot < 0), other=NEG_INF) * LOG2_E)
+        gain *= alpha
+    factor, lse = finish(m, l)
+    out = whole(acc)
+    if V_FORM != "group" and v_zero is not None:
+        out -= shift[:, None]
+    out *= (factor * gain)[:, None]
+    stored = valid[:, None] & (offs_dv < D_VO)[None, :]
     if slot >= 0:
-        out, lse = finish(m, l, acc)
         base = (slot.to(tl.int64) * tl.num_programs(0) + head_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-        tl.store(partial_ptr + base[:, None] * D_VO + offs_dv[None, :], out,
-                 mask=valid[:, None] & (offs_dv < D_VO)[None, :])  # fmt: skip
+        tl.store(partial_ptr + base[:, None] * D_VO + offs_dv[None, :], out, mask=stored)
         tl.store(partial_lse_ptr + base, lse, mask=valid)
     else:
-        if SINKS:
-            m, l, acc = add_sink(m, l, acc, tl.load(sinks_ptr + head) * LOG2_E)
-        out, lse = finish(m, l, acc)
         out_ptrs = out_ptr + (q_row * stride_on + head.to(tl.int64) * stride_oh)[:, None] + offs_dv[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (offs_dv < D_VO)[None, :])
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=stored)
         tl.store(lse_ptr + q_row * num_qo_heads + head, lse, mask=valid)
 
 
@@ -205,11 +322,14 @@ def merge_kernel(
             lse = tl.load(partial_lse_ptr + base, mask=i < num_slots, other=NEG_INF)
             out = tl.load(partial_ptr + base[:, None] * D_VO + offs_dv[None, :],
                           mask=(lse > NEG_INF)[:, None] & (offs_dv < D_VO)[None, :], other=0.0)  # fmt: skip
-            p, m, l, acc = softmax_step(lse[None, :], m, l, acc, True)
-            acc += tl.sum(tl.reshape(p, [BLOCK_S])[:, None] * out, 0)[None, :]
+            p, m, alpha = softmax_step(lse[None, :], m, True)
+            l = l * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_S])[:, None] * out, 0)[None, :]
         if SINKS:
-            m, l, acc = add_sink(m, l, acc, tl.full([1], 0.0, tl.float32) + tl.load(sinks_ptr + head) * LOG2_E)
-        out, lse = finish(m, l, acc)
+            m, l, alpha = add_sink(m, l, tl.full([1], 0.0, tl.float32) + tl.load(sinks_ptr + head) * LOG2_E)
+            acc *= alpha[:, None]
+        factor, lse = finish(m, l)
+        out = acc * factor[:, None]
         q_row = (q_begin + token).to(tl.int64)
         out_row = out_ptr + q_row * stride_on + head.to(tl.int64) * stride_oh
         tl.store(out_row + offs_dv[None, :], out.to(out_ptr.dtype.element_ty), mask=(offs_dv < D_VO)[None, :])
@@ -241,29 +361,59 @@ def run(
     workspace: torch.Tensor,
     sm_scale: float,
     sinks: torch.Tensor | None,
+    scales: Scales | None = None,
 ) -> None:
     """Launch the portable family: q [nnz_qo, num_qo_heads, head_dim_qk]; k, v as NHD, paged [pages, page_size, heads, dim]
     or ragged [nnz_kv, heads, dim]; out and lse are written. Partial states go to the workspace and are merged."""
-    p, c = plan.problem, plan.config
+    p, c, scales = plan.problem, plan.config, scales or NO_SCALES
     partial, partial_lse = plan.partials(workspace)
+    k, v = words(k, p.k_format), words(v, p.v_format)
     k_strides = k.stride()[:-1] if p.paged else (0, *k.stride()[:-1])
     v_strides = v.stride()[:-1] if p.paged else (0, *v.stride()[:-1])
     if plan.num_items:
         attention_kernel[(p.num_qo_heads // c.pack, plan.num_items)](
             q, k, v, out, lse, partial, partial_lse, plan.items, plan.kv_indices, sinks if sinks is not None else lse,
+            *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
             q.stride(0), q.stride(1), *k_strides, *v_strides, out.stride(0), out.stride(1),
-            sm_scale, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
-            **constexprs(p, c, sinks is not None, k_strides[:2] == v_strides[:2]), num_warps=c.num_warps, num_stages=c.num_stages,
+            sm_scale, scales.out, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
+            **constexprs(p, c, sinks is not None, k_strides[:2] == v_strides[:2], scales),
+            num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
     if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
 
 
-def constexprs(p: Problem, c: Config, has_sinks: bool, alike: bool = True) -> dict[str, object]:
+def words(x: torch.Tensor, kv_format: str) -> torch.Tensor:
+    """A cache as the kernel reads it: narrow formats as 16-bit words."""
+    return x if PARTS[kv_format] == 1 else x.view(torch.int16)
+
+
+def factor_argument(factor: Factor | None, p: Problem) -> tuple[Any, ...] | None:
+    """A scale or zero point as the kernel takes it."""
+    if factor is None:
+        return None
+    if factor.form == "head":
+        return (factor.values, factor.values.stride(0))
+    strides = factor.values.stride()
+    return (factor.values, *(strides if p.paged else (0, *strides)))
+
+
+def constexprs(
+    p: Problem, c: Config, has_sinks: bool, alike: bool = True, scales: Scales = NO_SCALES
+) -> dict[str, object]:
     """What the mainloop is specialised on; alike: K and V have the same page and token strides."""
+    k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
     return {
-        "KV_OFFSET": kv.paged_offset if p.paged else kv.contiguous_offset,
+        "KV_ROW": kv.paged_row if p.paged else kv.contiguous_row,
         "LOGITS": variants.soft_capped if p.logits_soft_cap > 0 else variants.plain,
+        "K_DECODE": codec.decoder(p.k_format, c.has_e4m3),
+        "V_DECODE": codec.decoder(p.v_format, c.has_e4m3),
+        "K_FORM": scales.k.form if scales.k else "none",
+        "V_FORM": scales.v.form if scales.v else "none",
+        "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts),
+        "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts),
+        "K_TYPE": product_type(p.q_dtype, p.k_format, scales.k),
+        "V_TYPE": product_type(p.q_dtype, p.v_format, scales.v),
         "PAGE_SIZE": p.page_size,
         "ALIKE": alike,
         "GROUP": p.group_size,
@@ -271,16 +421,31 @@ def constexprs(p: Problem, c: Config, has_sinks: bool, alike: bool = True) -> di
         "LEFT": p.window_left >= 0,
         "RIGHT": p.window_right >= 0,
         "SINKS": has_sinks,
-        "D_QK": p.head_dim_qk,
         "D_VO": p.head_dim_vo,
-        "BLOCK_D": triton.next_power_of_2(p.head_dim_qk),
-        "BLOCK_DV": triton.next_power_of_2(p.head_dim_vo),
+        "K_PARTS": k_parts,
+        "V_PARTS": v_parts,
+        "K_WIDTH": p.head_dim_qk // k_parts,
+        "V_WIDTH": p.head_dim_vo // v_parts,
+        "BLOCK_K": max(triton.next_power_of_2(p.head_dim_qk // k_parts), 16),
+        "BLOCK_V": max(triton.next_power_of_2(p.head_dim_vo // v_parts), 16),
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "STAGES": c.num_stages,
         "ONE_LOOP": c.one_loop,
         "OVERLAP": c.overlap,
     }
+
+
+def group_width(scale: Factor | None, head_dim: int, parts: int) -> int:
+    """Words of a row that share a scale; 0 unless scales come in groups."""
+    return head_dim // scale.values.shape[-1] // parts if scale is not None and scale.form == "group" else 0
+
+
+def product_type(q_dtype: torch.dtype, kv_format: str, scale: Factor | None) -> tl.dtype:
+    """What a product with K or V is computed in: fp16, in which narrow formats are exact, unless a scale was applied first."""
+    if kv_format != "plain" and q_dtype != torch.float32 and not (scale is not None and scale.form == "group"):
+        return tl.float16
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[q_dtype]
 
 
 def compile_cases() -> list[CompileCase]:
@@ -302,6 +467,17 @@ def compile_cases() -> list[CompileCase]:
             _case("prefill.dim192x128", sm, half, 1024, window_right=0, head_dim_qk=192),
             _case("prefill.dim256", sm, half, 1024, window_right=0, head_dim_qk=256, head_dim_vo=256),
             _case("prefill.dim512", sm, half, 1024, window_right=0, head_dim_qk=512, head_dim_vo=512),
+            *[_case(f"{name}.{cache}.{form}", sm, half, qo_len, _scales(form), page_size=16, kv_dtype=cache_dtype)
+              for name, qo_len in (("decode", 1), ("append", 8), ("prefill", 1024))
+              for cache, cache_dtype, form in (
+                  ("e4m3", torch.float8_e4m3fn, "head"), ("e5m2", torch.float8_e5m2, "head"), ("int8", torch.int8, "token"),
+                  ("int4", torch.uint8, "token"), ("int4", torch.uint8, "zero"), ("int4", torch.uint8, "group"),
+              )],
+            *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
+              for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
+            _case("decode.int4.dim512", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.uint8, head_dim_qk=512,
+                  head_dim_vo=512),
+            _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8, v_dtype=torch.uint8),
         ]  # fmt: skip
     merge = dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32")
     merge |= {"out_ptr": "*bf16", "merges_ptr": "*i32"}
@@ -310,18 +486,36 @@ def compile_cases() -> list[CompileCase]:
     return [*found, CompileCase("merge", merge_kernel, merge, tile, aligned=("stride_on", "stride_oh"))]
 
 
-def _case(name: str, sm: tuple[int, int], dtype: torch.dtype, qo_len: int, **fields: Any) -> CompileCase:
-    heads = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim_qk": 128, "head_dim_vo": 128}
-    problem = Problem(**{**heads, **fields}, q_dtype=dtype, kv_dtype=dtype, o_dtype=dtype)
+def _scales(form: str) -> Scales:
+    """Scales of one form, "zero": per token with zero points."""
+    dims = {"head": (8,), "token": (64, 16, 8), "zero": (64, 16, 8), "group": (64, 16, 8, 4)}[form]
+    factor = Factor("token" if form == "zero" else form, torch.empty(dims, device="meta"))
+    zero = factor if form in ("zero", "group") else None
+    return Scales(factor, factor, zero, zero)
+
+
+def _case(
+    name: str, sm: tuple[int, int], dtype: torch.dtype, qo_len: int, scales: Scales = NO_SCALES, **fields: Any
+) -> CompileCase:
+    heads = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim_qk": 128, "head_dim_vo": 128, "kv_dtype": dtype}
+    problem = Problem(**{**heads, **fields}, q_dtype=dtype, o_dtype=dtype)
     config = portable(problem, Workload(8, 8 * qo_len, qo_len, 8 * 1024, 1024), sm)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     strides = tuple(n for n in attention_kernel.arg_names if n.startswith("stride_"))
-    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), element)
+    signature: dict[str, Any] = dict.fromkeys(("q_ptr", "out_ptr"), element)
+    signature["k_ptr"] = element if problem.k_format == "plain" else "*i16"
+    signature["v_ptr"] = element if problem.v_format == "plain" else "*i16"
     signature |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
     signature |= dict.fromkeys(("items_ptr", "kv_indices_ptr"), "*i32")
     signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
-    signature |= dict.fromkeys(("sm_scale", "soft_cap"), "fp32")
-    constants = constexprs(problem, config, has_sinks="variants" in name)
+    signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")
+    constants = constexprs(problem, config, has_sinks="variants" in name, scales=scales)
+    for argument, factor in zip(("k", "v", "k_zero", "v_zero"), (scales.k, scales.v, scales.k_zero, scales.v_zero), strict=True):
+        argument += "_scale" if "_" not in argument else ""
+        if factor is None:
+            constants[argument] = None
+        else:
+            signature[argument] = ("*fp32", *["i32"] * {"head": 1, "token": 3, "group": 4}[factor.form])
     arch = sm[0] * 10 + sm[1]
     return CompileCase(
         f"attention.{name}.sm{arch}", attention_kernel, signature, constants, config.num_warps, config.num_stages,

@@ -5,13 +5,54 @@ import triton.language as tl
 
 
 @triton.jit
-def contiguous_offset(kv_pos, in_range, kv_base, kv_indices_ptr, stride_page, stride_pos, PAGE_SIZE: tl.constexpr):
-    """Element offsets, [BLOCK_N] int64, of ragged KV: token kv_pos of the request is row kv_base + kv_pos."""
-    return (kv_base + kv_pos).to(tl.int64) * stride_pos
+def contiguous_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr):
+    """Page and row, [BLOCK_N] int64, of ragged KV: token kv_pos of the request is row kv_base + kv_pos; there is one page."""
+    row = (kv_base + kv_pos).to(tl.int64)
+    return tl.zeros_like(row), row
 
 
 @triton.jit
-def paged_offset(kv_pos, in_range, kv_base, kv_indices_ptr, stride_page, stride_pos, PAGE_SIZE: tl.constexpr):
-    """Element offsets, [BLOCK_N] int64, of paged KV: the page ids of the request start at kv_indices[kv_base]."""
-    page = tl.load(kv_indices_ptr + kv_base + kv_pos // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
-    return page * stride_page + (kv_pos % PAGE_SIZE).to(tl.int64) * stride_pos
+def paged_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr):
+    """Page and row in the page, [BLOCK_N] int64: the page ids of the request start at kv_indices[kv_base]."""
+    pos = kv_pos.to(tl.uint32)  # division and remainder by a power of 2 are one instruction each if there is no sign
+    page = tl.load(kv_indices_ptr + kv_base + pos // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
+    return page, (pos % PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit
+def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns `cols` [BLOCK], of which WIDTH exist, of the rows at offsets `rows` [BLOCK_N] in elements; 0 elsewhere."""
+    ptrs = ptr + (rows[:, None] + cols[None, :])
+    if MASKED or WIDTH != BLOCK:
+        return tl.load(ptrs, mask=in_range[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def of_head(factor, kv_head):
+    """A scale or zero point of one head: (pointer, strides of a page, a row, a head (and a group)) without the head's."""
+    ptr = factor[0] + kv_head * factor[3]
+    if len(factor) == 4:
+        return (ptr, factor[1], factor[2])
+    else:
+        return (ptr, factor[1], factor[2], factor[4])
+
+
+@triton.jit
+def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
+    """A scale or zero point per token, [BLOCK_N] fp32: factor is (pointer, strides of a page and a row)."""
+    ptrs = factor[0] + page * factor[1] + row * factor[2]
+    if MASKED:
+        return tl.load(ptrs, mask=in_range, other=0).to(tl.float32)
+    else:
+        return tl.load(ptrs).to(tl.float32)
+
+
+@triton.jit
+def load_group_factor(factor, page, row, cols, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
+    """A scale or zero point per token and group of GROUP_WIDTH columns, for each column: [BLOCK_N, BLOCK] fp32. factor is
+    (pointer, strides of a page, a row and a group)."""
+    offs = page * factor[1] + row * factor[2]
+    ptrs = factor[0] + (offs[:, None] + (cols // GROUP_WIDTH * factor[3])[None, :])
+    return tl.load(ptrs, mask=in_range[:, None] & (cols < WIDTH)[None, :], other=0).to(tl.float32)

@@ -1,4 +1,5 @@
-"""Merging attention states in Triton, fp32 inside. A state without keys (s = -inf) takes no part, whatever its v holds."""
+"""Merging attention states in Triton, fp32 inside. A state without keys (s = -inf) takes no part, whatever its v
+holds."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -27,7 +28,7 @@ def merge_state_kernel(
     stride_s_out_n, stride_s_out_head, stride_s_a_n, stride_s_a_head, stride_s_b_n, stride_s_b_head,
     DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Merge states a and b of rows [num_rows] = (n, head) where mask [n] says so (None: everywhere); the outputs may be a.
+    """Merge states a and b of rows [num_rows] = (n, head), where mask [n] says so if there is one; outputs may be a.
 
     Strides of v are in units. If one state is empty, the other comes out bit for bit.
     """
@@ -66,10 +67,8 @@ def merge_states_kernel(
     stride_s_out_n, stride_s_out_head, stride_s_n, stride_s_state, stride_s_head,
     DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Merge num_states states of each row [num_rows] = (n, head); with indptr, those from indptr[n] to indptr[n + 1] of nnz.
-
-    Strides of v are in units.
-    """
+    """Merge num_states states of each row [num_rows] = (n, head); with indptr, those from indptr[n] to indptr[n + 1] of
+    nnz. Strides of v are in units."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.arange(0, BLOCK_DIM)
     row_mask = row < num_rows

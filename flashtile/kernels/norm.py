@@ -64,8 +64,8 @@ def rmsnorm_kernel(
 ):  # fmt: skip
     """out = rmsnorm(x) * (weight_offset + weight) for rows [DIM]; of x + residual, which is stored, if there is one.
 
-    out may be x; strides are in units. fp8 out is scaled by factor / out_scale. A row longer than BLOCK_DIM is read twice,
-    once for its sum of squares.
+    out may be x; strides are in units. fp8 out is scaled by factor / out_scale. A row longer than BLOCK_DIM is read
+    twice, once for its sum of squares.
     """
     start_after_previous(ENABLE_PDL)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -102,10 +102,10 @@ def layernorm_kernel(
     stride_x_token, stride_x_head, eps, factor,
     DIM: tl.constexpr, UNIT: tl.constexpr, ENABLE_PDL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias for rows [DIM]; strides in units, fp8 as in rmsnorm_kernel.
+    """out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias for rows [DIM]; strides in units, fp8 as rmsnorm_kernel.
 
-    The variance is that of the differences from the mean, so that a large mean costs no digits. A row longer than
-    BLOCK_DIM is read three times.
+    The variance is that of the differences from the mean, which is taken twice, so that a large mean costs no digits. A
+    row longer than BLOCK_DIM is read three times.
     """
     start_after_previous(ENABLE_PDL)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -119,6 +119,7 @@ def layernorm_kernel(
         x = load_sum(x_ptr, None, x_offs, x_offs, cols, mask)
         weight, bias = load_weight(weight_ptr, cols, DIM), load_weight(bias_ptr, cols, DIM)
         x = tl.where(mask, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
+        x = tl.where(mask, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)  # what rounding the first sum left of the mean
         y = x * tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None] * weight[None, :] + bias[None, :]
         tl.store(out_ptrs + cols[None, :], convert(y, factor, out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -127,12 +128,16 @@ def layernorm_kernel(
             mask = row_mask & (start + cols < DIM)[None, :]
             sums += load_sum(x_ptr, None, x_offs, x_offs, start + cols, mask)
         mean = (tl.sum(sums, 1) / DIM)[:, None]
+        sums = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         squares = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         for start in range(0, DIM, BLOCK_DIM):
             mask = row_mask & (start + cols < DIM)[None, :]
             x = tl.where(mask, load_sum(x_ptr, None, x_offs, x_offs, start + cols, mask) - mean, 0.0)
+            sums += x
             squares += x * x
-        scale = tl.rsqrt(tl.sum(squares, 1) / DIM + eps)[:, None]
+        rest = (tl.sum(sums, 1) / DIM)[:, None]  # what rounding the first sum left of the mean
+        mean += rest
+        scale = tl.rsqrt(tl.sum(squares, 1)[:, None] / DIM - rest * rest + eps)
         for start in range(0, DIM, BLOCK_DIM):
             at = start + cols
             mask = row_mask & (at < DIM)[None, :]
@@ -152,7 +157,8 @@ def rmsnorm(
     out_factor: float,
     enable_pdl: bool,
 ) -> None:
-    """out = rmsnorm(input) * (weight_offset + weight) [..., d], then silu; fp8 out is scaled by out_factor / out_scale."""
+    """out = rmsnorm(input) * (weight_offset + weight) [..., d], its silu if asked for; fp8 out is scaled by
+    out_factor / out_scale."""
     _launch_rmsnorm(out, input, None, weight, eps, weight_offset, silu, out_scale, out_factor, enable_pdl)
 
 
@@ -244,9 +250,7 @@ def compile_cases() -> Iterator[CompileCase]:
         plain = partial(rmsnorm, x, x, weight, 1e-6, 0.0, False, None, 1.0, False)
         yield recorded(f"rmsnorm {name}", rmsnorm_kernel, plain)
         yield recorded(f"add {name}", rmsnorm_kernel, partial(fused_add_rmsnorm, x, x, weight, 1e-6, 1.0, False))
-        yield recorded(
-            f"layernorm {name}", layernorm_kernel, partial(layernorm, x, x, weight, weight, 1e-6, None, 1.0)
-        )
+        yield recorded(f"layernorm {name}", layernorm_kernel, partial(layernorm, x, x, weight, weight, 1e-6, None, 1.0))
     fp8, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty(1, device="meta")
     quant = partial(fused_add_rmsnorm_quant, fp8, x, x, weight, 1e-6, scale, 1.0, True)
     yield recorded("add quant pdl", rmsnorm_kernel, quant, min_capability=90)

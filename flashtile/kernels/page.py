@@ -20,7 +20,7 @@ def find_slot(
     token, in_range, batch_indices_ptr, positions_ptr, kv_indices_ptr, kv_indptr_ptr, batch_size, num_pages,
     PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Page (int64) and slot of tokens [n], and whether they have one: nothing may be written for an index out of range."""
+    """Page (int64) and slot of tokens [n], and whether they have one: for a bad index nothing may be written."""
     request = tl.load(batch_indices_ptr + token, mask=in_range, other=-1)
     position = tl.load(positions_ptr + token, mask=in_range, other=-1)
     found = (request >= 0) & (request < batch_size) & (position >= 0)
@@ -33,7 +33,8 @@ def find_slot(
 @triton.jit(do_not_specialize=["num_rows", "batch_size", "num_pages"])
 def append_kernel(
     k_cache_ptr, v_cache_ptr, key_ptr, value_ptr, batch_indices_ptr, positions_ptr, kv_indices_ptr, kv_indptr_ptr,
-    num_rows, batch_size, num_pages, stride_k_page, stride_k_slot, stride_k_head, stride_v_page, stride_v_slot, stride_v_head,
+    num_rows, batch_size, num_pages,
+    stride_k_page, stride_k_slot, stride_k_head, stride_v_page, stride_v_slot, stride_v_head,
     stride_key_token, stride_key_head, stride_value_token, stride_value_head,
     NUM_HEADS: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -50,8 +51,8 @@ def append_kernel(
         value_ptr + value_offs[:, None] + cols_v[None, :], mask=in_range[:, None] & (cols_v < DIM_V)[None, :]
     )
     page, slot, found = find_slot(
-        row // NUM_HEADS, in_range, batch_indices_ptr, positions_ptr, kv_indices_ptr, kv_indptr_ptr, batch_size, num_pages,
-        PAGE_SIZE,
+        row // NUM_HEADS, in_range, batch_indices_ptr, positions_ptr, kv_indices_ptr, kv_indptr_ptr,
+        batch_size, num_pages, PAGE_SIZE,
     )  # fmt: skip
     head = row % NUM_HEADS
     k_offs = (page * stride_k_page + slot * stride_k_slot + head * stride_k_head) * UNIT
@@ -64,7 +65,7 @@ def append_kernel(
 def batch_indices_positions_kernel(
     batch_indices_ptr, positions_ptr, append_indptr_ptr, seq_lens_ptr, nnz, batch_size, num_steps, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Request and position of each token [nnz]: a binary search in append_indptr, of num_steps >= log2(batch_size + 1)."""
+    """Request and position of each token [nnz]: a binary search in append_indptr, num_steps >= log2(batch_size + 1)."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_range = token < nnz
     low = tl.zeros(
@@ -94,7 +95,7 @@ def append_paged_kv_cache(
     kv_indices: Tensor,
     kv_indptr: Tensor,
 ) -> None:
-    """Write rows [nnz, num_kv_heads, head_dim] into caches [num_pages, page_size, num_kv_heads, head_dim] (any strides)."""
+    """Write rows [nnz, num_kv_heads, dim] into caches [num_pages, page_size, num_kv_heads, dim] of any strides."""
     nnz, num_heads, dim_k = append_key.shape
     dim_v = append_value.shape[2]
     if nnz == 0:

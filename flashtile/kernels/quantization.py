@@ -19,9 +19,9 @@ E5M2_MAX = tl.constexpr(57344.0)
 
 @triton.jit
 def convert(x, factor, DTYPE: tl.constexpr):
-    """fp32 x as DTYPE; if that is fp8, x * factor, with what is too large for it at its largest value (NaN stays NaN)."""
-    if DTYPE == tl.float8e4nv or DTYPE == tl.float8e5:
-        largest: tl.constexpr = E4M3_MAX if DTYPE == tl.float8e4nv else E5M2_MAX
+    """fp32 x as DTYPE; if that is fp8, x * factor, what is too large for it becoming its largest (NaN stays NaN)."""
+    if DTYPE.is_fp8():
+        largest: tl.constexpr = E5M2_MAX if DTYPE.is_fp8e5() else E4M3_MAX
         x = x * factor
         x = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
     return x.to(DTYPE)
@@ -42,7 +42,8 @@ def packbits_kernel(
 ):  # fmt: skip
     """Pack flags [num_flags] (not 0: set) eight to a byte [num_bytes]; LITTLE: the first in the lowest bit.
 
-    With indptr [num_segments + 1], each segment of flags starts a byte, out_indptr says which; num_steps: see the search.
+    With indptr [num_segments + 1], each segment of flags starts a byte, out_indptr says which; num_steps: of a binary
+    search among them.
     """
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     begin, end = byte * 8, tl.zeros([BLOCK], tl.int64) + num_flags

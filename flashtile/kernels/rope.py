@@ -193,14 +193,15 @@ def _launch(
         CACHED=cached, INTERLEAVE=interleave, COPY_REST=copy_rest,
         UNIT=unit, SPLITS=splits,
         BLOCK_QO_HEADS=block_qo_heads, BLOCK_KV_HEADS=block_kv_heads,
-        BLOCK_HALF=triton.next_power_of_2(rotary_dim // 2), BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
+        BLOCK_HALF=triton.next_power_of_2(rotary_dim // 2),
+        BLOCK_REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
         num_warps=min(8, triton.next_power_of_2(triton.cdiv(elements, 1536))),  # 24 to 48 elements per thread
     )  # fmt: skip
 
 
 def head_splits(nnz: int, num_qo_heads: int, cols: int) -> int:
-    """Programs per token: as few as keep a program's elements below the bound, but four or more heads' worth of them while
-    there are few tokens and only latency counts."""
+    """Programs per token: as few as keep a program's elements below the bound; one for four heads while there are few
+    tokens and only latency counts."""
     splits = triton.cdiv(num_qo_heads * triton.next_power_of_2(cols), BULK_ELEMENTS)
     if nnz * splits <= FEW_PROGRAMS:
         splits = max(splits, triton.cdiv(num_qo_heads, 4))

@@ -63,7 +63,15 @@ def rope_quantize_kernel(
     k_first, k_second = load_pairs(k_rope_ptrs, k_mask, INTERLEAVE, HALF, BLOCK_HALF)
     if PAGE_SIZE > 0:
         page, slot, found = find_slot(
-            token, True, batch_indices_ptr, positions_ptr, kv_indices_ptr, kv_indptr_ptr, batch_size, num_pages, PAGE_SIZE
+            token,
+            True,
+            batch_indices_ptr,
+            positions_ptr,
+            kv_indices_ptr,
+            kv_indptr_ptr,
+            batch_size,
+            num_pages,
+            PAGE_SIZE,
         )
     else:
         page, slot, found = token, 0, True
@@ -131,7 +139,7 @@ def rope_quantize_append(
     kv_indices: Tensor,
     kv_indptr: Tensor,
 ) -> None:
-    """The same, but keys and v [nnz, num_kv_heads, dim] go to slots of caches [num_pages, page_size, num_kv_heads, dim]."""
+    """The same, but keys and v [nnz, num_kv_heads, dim] go to slots of caches [num_pages, page_size, heads, dim]."""
     outputs = (q_rope_out, q_nope_out, k_rope_cache, k_nope_cache, v_cache)
     inputs = (q_rope, q_nope, k_rope, k_nope, v)
     indices = (batch_indices, positions, kv_indices, kv_indptr)
@@ -166,7 +174,8 @@ def _launch(
     rope_quantize_kernel[(nnz * splits,)](
         *outputs, *inputs, pos_ids, cos_sin_cache, *(indices or (None,) * 4), cos_sin_cache.stride(0),
         cos_sin_cache.shape[0], indices[3].shape[0] - 1 if indices else 0, outputs[2].shape[0], *scales,
-        *strides(outputs[0], unit), *strides(outputs[1], unit), *by_slot, *(s for x in inputs for s in strides(x, unit)),
+        *strides(outputs[0], unit), *strides(outputs[1], unit), *by_slot,
+        *(s for x in inputs for s in strides(x, unit)),
         NUM_QO_HEADS=num_qo_heads, NUM_KV_HEADS=num_kv_heads, ROPE_DIM=rope_dim, NOPE_DIM_Q=q_nope.shape[2],
         NOPE_DIM_K=k_nope.shape[2], DIM_V=v.shape[2], PAGE_SIZE=outputs[2].shape[1] if indices else 0,
         INTERLEAVE=interleave, UNIT=unit, ENABLE_PDL=enable_pdl, SPLITS=splits,

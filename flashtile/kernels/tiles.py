@@ -26,8 +26,8 @@ class RowTile:
 
 
 def row_tile(num_rows: int, dim: int, bulk: int = BULK_ELEMENTS, per_thread: int = 32) -> RowTile:
-    """Whole rows: as many as make `bulk` elements, `per_thread` of them for a thread; an eighth of these rows, and half the
-    elements per thread, if that leaves the GPU with few programs. Two tiles per row size, so that a serving process
+    """Whole rows: as many as make `bulk` elements, `per_thread` of them for a thread; an eighth of these rows, and half
+    the elements per thread, if that leaves the GPU with few programs. Two tiles per row size, so that a serving process
     compiles no more than two kernels."""
     block_dim = triton.next_power_of_2(dim)
     block_rows = max(1, bulk // block_dim)
@@ -51,8 +51,8 @@ def check_output_dtype(out: Tensor) -> None:
 def alignment(*tensors: Tensor) -> int:
     """The largest power of two, up to 16, that divides every stride but the last: rows start at multiples of it.
 
-    Kernels take strides in units of it, as a constexpr: so the compiler knows that it may use 16-byte accesses, whatever
-    the strides (of itself, Triton only looks for multiples of 16)."""
+    Kernels take strides in units of it, as a constexpr: so the compiler knows that it may use 16-byte accesses,
+    whatever the strides (of itself, Triton only looks for multiples of 16)."""
     return gcd(
         16, *(stride for x in tensors for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
     )

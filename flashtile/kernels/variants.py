@@ -7,14 +7,16 @@ from flashtile.kernels.softmax import LOG2_E
 
 
 @triton.jit
-def plain(s, sm_scale, soft_cap):
-    """sm_scale * q.k in log2 units; s [BLOCK_M, BLOCK_N] holds raw q.k in fp32."""
+def plain(s, params):
+    """sm_scale * q.k in log2 units; s [BLOCK_M, BLOCK_N] holds raw q.k in fp32. params: (sm_scale, soft_cap)."""
+    sm_scale, _ = params
     return s * (sm_scale * LOG2_E)
 
 
 @triton.jit
-def soft_capped(s, sm_scale, soft_cap):
+def soft_capped(s, params):
     """soft_cap * tanh(sm_scale * q.k / soft_cap) in log2 units."""
+    sm_scale, soft_cap = params
     return (soft_cap * LOG2_E) * tanh(s * (sm_scale / soft_cap))
 
 

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+# Cache formats by the dtype of the cache; other dtypes are "plain" and must be the query's. uint8 holds two int4 a byte.
+FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8", torch.uint8: "int4"}
+# Values of a format in the 16-bit words that kernels read.
+PARTS = {"plain": 1, "e4m3": 2, "e5m2": 2, "int8": 2, "int4": 4}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -24,6 +29,22 @@ class Problem:
     window_left: int = -1
     window_right: int = -1
     logits_soft_cap: float = 0.0
+    v_dtype: torch.dtype | None = None  # of V's cache, where kv_dtype is only K's
+
+    @property
+    def k_format(self) -> str:
+        """How K is stored: "plain", "e4m3", "e5m2", "int8" or "int4"."""
+        return FORMATS.get(self.kv_dtype, "plain")
+
+    @property
+    def v_format(self) -> str:
+        """How V is stored, likewise."""
+        return FORMATS.get(self.v_dtype or self.kv_dtype, "plain")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether K or V is stored in 8 or 4 bits."""
+        return self.k_format != "plain" or self.v_format != "plain"
 
     @property
     def group_size(self) -> int:

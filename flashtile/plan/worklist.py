@@ -39,6 +39,7 @@ class Tiling:
     num_head_groups: num_qo_heads / pack; heads_per_item: how many of them one list entry covers.
     capacity: CTAs that run at once. item_cost, split_cost: fixed cost of an item, and of a partial state, in steps.
     kv_chunk: a fixed chunk length in tokens (0: chosen for the batch). max_chunks_per_cta bounds the workspace.
+    section_tiles: the list is made of sections of about so many tiles, of whole requests, each longest first (0: one section).
     """
 
     block_m: int
@@ -51,6 +52,7 @@ class Tiling:
     split_cost: float = 1.0
     kv_chunk: int = 0
     split: bool = True
+    section_tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,22 @@ def make_worklist(
 def _spread_heads(items: Ints, tiling: Tiling) -> Ints:
     """One entry per section of heads_per_item head groups, sections outermost: their K and V stay in L2."""
     sections = tiling.num_head_groups // tiling.heads_per_item
-    if sections == 1:
-        return items
-    spread = np.tile(items, (sections, 1))
-    spread[:, ITEM_FIELDS.index("head_begin")] = np.repeat(np.arange(sections) * tiling.heads_per_item, len(items))
-    return spread
+    if sections > 1:
+        spread = np.tile(items, (sections, 1))
+        spread[:, ITEM_FIELDS.index("head_begin")] = np.repeat(np.arange(sections) * tiling.heads_per_item, len(items))
+        items = spread
+    return _order_by_section(items, tiling) if tiling.section_tiles and len(items) else items
+
+
+def _order_by_section(items: Ints, tiling: Tiling) -> Ints:
+    """Entries in sections of about section_tiles tiles, each longest first. All tiles of a request's heads_per_item heads are
+    in one section, so that they find their K and V in L2; requests with long tiles come first."""
+    request, head = items[:, ITEM_FIELDS.index("request")], items[:, ITEM_FIELDS.index("head_begin")]
+    length = items[:, ITEM_FIELDS.index("kv_end")] - items[:, ITEM_FIELDS.index("kv_begin")]
+    longest = np.zeros(int(request.max()) + 1, dtype=np.int64)
+    np.maximum.at(longest, request, length)
+    order = np.lexsort((head, request, -longest[request]))
+    first = np.append(True, np.diff(request[order]) | np.diff(head[order]) != 0)  # of its request and heads
+    starts = np.flatnonzero(first)
+    section = (starts * tiling.heads_per_item // tiling.section_tiles)[np.cumsum(first) - 1]
+    return items[order[np.lexsort((-length[order], section))]]

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
+def silu(x: Tensor) -> Tensor:
+    """x / (1 + exp(-x))."""
+    return x * torch.sigmoid(x)
+
+
 def silu_and_mul(input: Tensor) -> Tensor:
-    """silu(gate) * up with input = [gate, up]: [..., 2 * d] -> [..., d]; silu(x) = x / (1 + exp(-x))."""
+    """silu(gate) * up with input = [gate, up]: [..., 2 * d] -> [..., d]."""
     gate, up = input.chunk(2, dim=-1)
-    return gate * torch.sigmoid(gate) * up
+    return silu(gate) * up
 
 
 def gelu_and_mul(input: Tensor) -> Tensor:

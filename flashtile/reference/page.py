@@ -5,13 +5,25 @@ import torch
 from torch import Tensor
 
 
+def slots(
+    batch_indices: Tensor, positions: Tensor, kv_indices: Tensor, kv_indptr: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """Page and slot of tokens, [nnz] each."""
+    where = [
+        (int(kv_indices[kv_indptr[b] + pos // page_size]), pos % page_size)
+        for b, pos in zip(batch_indices.tolist(), positions.tolist(), strict=True)
+    ]
+    return torch.tensor([page for page, _ in where], dtype=torch.long), torch.tensor(
+        [slot for _, slot in where], dtype=torch.long
+    )
+
+
 def append_paged_cache(
     append: Tensor, batch_indices: Tensor, positions: Tensor, cache: Tensor, kv_indices: Tensor, kv_indptr: Tensor
 ) -> Tensor:
     """A copy of cache [num_pages, page_size, ...] with rows of append [nnz, ...] at tokens positions of requests."""
-    out, page_size = cache.clone(), cache.shape[1]
-    for row, b, pos in zip(append, batch_indices.tolist(), positions.tolist(), strict=True):
-        out[kv_indices[kv_indptr[b] + pos // page_size], pos % page_size] = row
+    out = cache.clone()
+    out[slots(batch_indices, positions, kv_indices, kv_indptr, cache.shape[1])] = append
     return out
 
 

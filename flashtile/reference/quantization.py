@@ -25,3 +25,27 @@ def segment_packbits(x: Tensor, indptr: Tensor, bitorder: str = "big") -> tuple[
     parts = [packbits(x[begin:end], bitorder) for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
     sizes = torch.tensor([0] + [len(part) for part in parts])
     return torch.cat([torch.empty(0, dtype=torch.uint8), *parts]), sizes.cumsum(0).int()
+
+
+def unpack_int4(x: Tensor) -> Tensor:
+    """The numbers 0..15 of packed bytes [..., n]: [..., 2n], the lower four bits of a byte first."""
+    return torch.stack([x & 15, x >> 4], dim=-1).flatten(-2)
+
+
+def dequantise_kv(x: Tensor, scale: Tensor | float = 1.0, zero: Tensor | float | None = None) -> Tensor:
+    """Rows of a cache [..., num_kv_heads, head_dim] (of bytes with two int4 each: half as many) as fp64: (number - zero) * scale.
+
+    scale, zero: one value; [num_kv_heads]; [..., num_kv_heads]; or [..., num_kv_heads, groups], groups of head_dim.
+    Without zero: 8 for int4, else 0.
+    """
+    if zero is None:
+        zero = 8.0 if x.dtype == torch.uint8 else 0.0
+    numbers = unpack_int4(x).double() if x.dtype == torch.uint8 else x.double()
+
+    def spread(factor: Tensor | float) -> Tensor:
+        f = torch.as_tensor(factor).double()
+        if f.dim() == numbers.dim():
+            return f.repeat_interleave(numbers.shape[-1] // f.shape[-1], dim=-1)
+        return f if f.numel() == 1 else f[..., None]
+
+    return (numbers - spread(zero)) * spread(scale)

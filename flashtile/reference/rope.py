@@ -1,7 +1,7 @@
 """Rotary position embeddings (arXiv:2104.09864), by definition.
 
-Element pairs of a head are rotated by an angle that is linear in the token's position. A pair is (i, i + rotary_dim / 2),
-or (2 i, 2 i + 1) if interleaved. Dimensions from rotary_dim on are left as they are."""
+Element pairs of a head are rotated by an angle that is linear in the token's position. A pair is
+(i, i + rotary_dim / 2), or (2 i, 2 i + 1) if interleaved. Dimensions from rotary_dim on are left as they are."""
 
 import math
 
@@ -47,7 +47,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Ten
 def apply_rope_pos_ids(
     q: Tensor, k: Tensor, pos_ids: Tensor, freqs: Tensor, interleave: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """q and k [nnz, num_heads, head_dim] turned by pos_ids [nnz] * freqs [rotary_dim / 2]; angles in the dtype of freqs."""
+    """q and k [nnz, num_heads, head_dim] turned by pos_ids [nnz] * freqs [rotary_dim / 2]; angles in freqs' dtype."""
     angles = pos_ids[:, None].to(freqs.dtype) * freqs
     cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
     return rotate(q, cos, sin, interleave), rotate(k, cos, sin, interleave)

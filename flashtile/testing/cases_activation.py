@@ -8,11 +8,14 @@ from torch import Tensor
 
 from flashtile import activation
 from flashtile.reference import activation as reference
+from flashtile.testing.fp8 import FP8_DTYPES, assert_fp8_close
 from flashtile.testing.tensors import name, poisoned, randn, strided
 from flashtile.testing.tolerance import assert_close
 
 OPS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
     "silu": (activation.silu_and_mul, reference.silu_and_mul),
+    "gelu": (activation.gelu_and_mul, reference.gelu_and_mul),
+    "gelu_tanh": (activation.gelu_tanh_and_mul, reference.gelu_tanh_and_mul),
 }
 
 
@@ -61,6 +64,17 @@ def check_activation(op: str, case: ActivationCase, device: str) -> None:
         out = strided(out)
     assert run(x, out=out) is out
     assert torch.equal(out, got)
+
+
+def check_quantised(op: str, case: ActivationCase, device: str) -> None:
+    """fp8 outputs against the oracle, with a number and with a tensor as scale."""
+    run, define = OPS[op]
+    x = case.input(device)
+    for dtype in FP8_DTYPES:
+        out = poisoned((*case.rows, case.dim), dtype, device)
+        for scale in (None, 0.37, torch.tensor([3.0], device=device)):
+            assert run(x, out, scale=scale) is out
+            assert_fp8_close(out, define(x.double()), 1.0 if scale is None else float(scale))
 
 
 def check_extremes(op: str, device: str) -> None:

@@ -1,6 +1,6 @@
 """Cases of the paged cache, and what must hold for each: on the CPU, in Triton's interpreter and on a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,12 +36,26 @@ class PageCase:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Index tensors of a batch: whose pages are scattered over a cache with pages to spare."""
+    """Index tensors of a batch, whose pages are scattered over a cache with pages to spare, and of its new tokens."""
 
     kv_indptr: Tensor
     kv_indices: Tensor
     kv_last_page_len: Tensor
+    batch_indices: Tensor
+    positions: Tensor
     num_pages: int
+
+    def wide(self) -> "PageTable":
+        """The same as int64 tensors of stride 2."""
+        names = ("kv_indptr", "kv_indices", "kv_last_page_len", "batch_indices", "positions")
+        tensors = {name: getattr(self, name).long() for name in names}
+        return replace(self, **{name: torch.stack([x, x], 1)[:, 0] for name, x in tensors.items()})
+
+    def slots(self, page_size: int) -> tuple[Tensor, Tensor]:
+        """Page and slot of each new token, by definition, on the CPU."""
+        tensors = (self.batch_indices, self.positions, self.kv_indices, self.kv_indptr)
+        batch_indices, positions, kv_indices, kv_indptr = (x.cpu() for x in tensors)
+        return reference.slots(batch_indices, positions, kv_indices, kv_indptr, page_size)
 
 
 SMALL_CASES = (
@@ -67,13 +81,22 @@ def page_table(case: PageCase, device: str) -> PageTable:
     """Pages in random order, some owned by nobody."""
     counts = [-(-length // case.page_size) for length in case.kv_lens]
     used = sum(counts)
-    ids = torch.randperm(used + 3, generator=torch.Generator().manual_seed(3))[:used]
-    last = [
-        length - (pages - 1) * case.page_size if pages else 0
-        for length, pages in zip(case.kv_lens, counts, strict=True)
-    ]
-    indptr = torch.tensor([0, *counts]).cumsum(0)
-    return PageTable(*(x.int().to(device) for x in (indptr, ids, torch.tensor(last, dtype=torch.int32))), used + 3)
+    lens = zip(case.kv_lens, counts, strict=True)
+    last_page_len = torch.tensor([length - (pages - 1) * case.page_size if pages else 0 for length, pages in lens])
+    kv_indices = torch.randperm(used + 3, generator=torch.Generator().manual_seed(3))[:used]
+    new_indptr = torch.tensor([0, *case.new_lens]).cumsum(0)
+    batch_indices, positions = reference.get_batch_indices_positions(new_indptr, torch.tensor(case.kv_lens))
+    if case.sparse:
+        some = torch.randperm(len(positions), generator=torch.Generator().manual_seed(4))[: len(positions) // 2]
+        batch_indices, positions = batch_indices[some], positions[some]
+    return PageTable(
+        kv_indptr=torch.tensor([0, *counts]).cumsum(0).int().to(device),
+        kv_indices=kv_indices.int().to(device),
+        kv_last_page_len=last_page_len.int().to(device),
+        batch_indices=batch_indices.to(device),
+        positions=positions.to(device),
+        num_pages=used + 3,
+    )
 
 
 def make_cache(case: PageCase, num_pages: int, device: str) -> tuple[Tensor, Tensor]:
@@ -84,51 +107,49 @@ def make_cache(case: PageCase, num_pages: int, device: str) -> tuple[Tensor, Ten
     return both[:, 0], both[:, 1]
 
 
-def tokens(case: PageCase, device: str) -> tuple[Tensor, Tensor]:
-    """batch_indices and positions of the new tokens."""
-    indptr = torch.tensor([0, *case.new_lens]).cumsum(0)
-    batch_indices, positions = reference.get_batch_indices_positions(indptr, torch.tensor(case.kv_lens))
-    if case.sparse:
-        some = torch.randperm(len(positions), generator=torch.Generator().manual_seed(4))[: len(positions) // 2]
-        batch_indices, positions = batch_indices[some], positions[some]
-    return batch_indices.to(device), positions.to(device)
-
-
 def bits(x: Tensor) -> Tensor:
     """As integers, so that NaN compares equal to itself."""
     return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
+def by_token(cache: Tensor, kv_layout: str) -> Tensor:
+    """A cache as [num_pages, page_size, num_kv_heads, head_dim], on the CPU."""
+    return (cache if kv_layout == "NHD" else cache.transpose(1, 2)).cpu()
+
+
 def check_append(case: PageCase, device: str) -> None:
     """Addressed slots hold the new rows, every other bit of the cache is as before; int64 and strided indices too."""
     table = page_table(case, device)
-    batch_indices, positions = tokens(case, device)
-    shape = (len(positions), case.num_kv_heads, 3 * case.head_dim)
-    new = (randn(*shape, dtype=torch.float32, seed=5) * 10).to(case.dtype).to(device)
-    key, value = new[..., : case.head_dim], new[..., -case.head_dim :]
-    for wide in (False, True):
-        k_cache, v_cache = make_cache(case, table.num_pages, device)
-        by_token = [x if case.kv_layout == "NHD" else x.transpose(1, 2) for x in (k_cache, v_cache)]
-        expected = [
-            bits(
-                reference.append_paged_cache(
-                    *(x.cpu() for x in (rows, batch_indices, positions, cache)),
-                    table.kv_indices.cpu(),
-                    table.kv_indptr.cpu(),
-                )
-            )
-            for rows, cache in zip((key, value), by_token, strict=True)
-        ]
-        indices = (batch_indices, positions, table.kv_indices, table.kv_indptr, table.kv_last_page_len)
-        if wide:
-            indices = tuple(torch.stack([x.long(), x.long()], 1)[:, 0] for x in indices)
-        b, pos, *rest = indices
-        cache = torch.stack([k_cache, v_cache], 1) if case.one_tensor else (k_cache, v_cache)
-        assert page.append_paged_kv_cache(key, value, b, pos, cache, *rest, case.kv_layout) is None
-        got = cache.unbind(1) if case.one_tensor else (k_cache, v_cache)
-        got = [x if case.kv_layout == "NHD" else x.transpose(1, 2) for x in got]
-        assert torch.equal(bits(got[0].cpu()), expected[0])
-        assert torch.equal(bits(got[1].cpu()), expected[1])
+    shape = (len(table.positions), case.num_kv_heads, 3 * case.head_dim)
+    new = (randn(*shape, seed=5) * 10).to(case.dtype).to(device)
+    rows = new[..., : case.head_dim], new[..., -case.head_dim :]
+    for t in (table, table.wide()):
+        caches = make_cache(case, t.num_pages, device)
+        expected = [by_token(x, case.kv_layout).clone() for x in caches]
+        for cache, part in zip(expected, rows, strict=True):
+            cache[table.slots(case.page_size)] = part.cpu()
+        paged = torch.stack(caches, 1) if case.one_tensor else caches
+        indices = (t.kv_indices, t.kv_indptr, t.kv_last_page_len)
+        page.append_paged_kv_cache(*rows, t.batch_indices, t.positions, paged, *indices, kv_layout=case.kv_layout)
+        got = paged.unbind(1) if isinstance(paged, Tensor) else paged
+        for cache, want in zip(got, expected, strict=True):
+            assert torch.equal(bits(by_token(cache, case.kv_layout)), bits(want))
+
+
+def check_append_mla(case: PageCase, device: str) -> None:
+    """Rows of two latent caches that are slices of one tensor; addressed slots only."""
+    table = page_table(case, device)
+    dim = 4 * case.head_dim
+    flat = replace(case, num_kv_heads=1, head_dim=dim + case.head_dim, kv_layout="NHD")
+    both = make_cache(flat, table.num_pages, device)[0][:, :, 0]
+    rows = (randn(len(table.positions), flat.head_dim, seed=5) * 10).to(case.dtype).to(device)
+    expected = both.cpu().clone()
+    expected[table.slots(case.page_size)] = rows.cpu()
+    page.append_paged_mla_kv_cache(
+        rows[:, :dim], rows[:, dim:], table.batch_indices, table.positions, both[..., :dim], both[..., dim:],
+        table.kv_indices, table.kv_indptr, table.kv_last_page_len,
+    )  # fmt: skip
+    assert torch.equal(bits(both.cpu()), bits(expected))
 
 
 def check_batch_indices_positions(case: PageCase, device: str) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 class CompileCase:
     """One launch of a kernel: what Triton would specialise on.
 
-    signature: argument name -> Triton type ("*bf16", "i32", "fp32", ...); constexprs: argument name -> value.
-    Arguments in `aligned` are multiples of 16 (pointers count as aligned without being named).
+    signature: argument name -> Triton type ("*bf16", "i32", "fp32", ..., or a tuple of them); constexprs: argument name ->
+    value. Arguments in `aligned` are multiples of 16 (pointers count as aligned without being named).
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
@@ -62,8 +62,13 @@ def compile_for(case: CompileCase, capability: int) -> Compiled:
     names = case.kernel.arg_names
     signature = {n: case.signature.get(n, "constexpr") for n in names}
     constexprs = {(names.index(n),): v for n, v in case.constexprs.items()}
-    aligned = [n for n in names if signature[n].startswith("*") or n in case.aligned]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    aligned = []
+    for i, n in enumerate(names):
+        if isinstance(signature[n], tuple):
+            aligned += [(i, j) for j, kind in enumerate(signature[n]) if kind.startswith("*") or n in case.aligned]
+        elif signature[n].startswith("*") or n in case.aligned:
+            aligned.append((i,))
+    attrs = {path: [["tt.divisibility", 16]] for path in aligned}
     source = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     if case.maxnreg is not None:

@@ -1,6 +1,6 @@
-"""Compile cases from real launches: a launcher runs on meta tensors, and its kernels are recorded instead of started."""
+"""Compile cases from real launches: a launcher runs on meta tensors, its kernels are recorded instead of started."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,15 +22,34 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def recorded(name: str, kernel: Any, launch: Callable[[], None], **fields: Any) -> CompileCase:
-    """The case of the one launch of `kernel` within `launch()`, specialised as Triton would: pointers and integers that are
-    multiples of 16, integers that are 1. `fields`: further fields of the case, e.g. min_capability."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    kernel.run = lambda *args, grid, warmup, **kwargs: calls.append((args, kwargs))
+    """The case of the one launch of `kernel` within `launch()`, specialised as Triton would: pointers and integers that
+    are multiples of 16, integers that are 1. `fields`: further fields of the case, e.g. min_capability."""
+    (case,) = recordings(lambda kernel: name, (kernel,), launch, **fields)
+    return case
+
+
+def recordings(
+    name: Callable[[Any], str], kernels: Iterable[Any], launch: Callable[[], None], **fields: Any
+) -> list[CompileCase]:
+    """As `recorded`, the cases of all launches of these kernels within `launch()`, which may launch no other; `name` of
+    a kernel's case."""
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def recorder(kernel: Any) -> Callable[..., None]:
+        return lambda *args, grid, warmup, **kwargs: calls.append((kernel, args, kwargs))
+
+    kernels = list(kernels)
+    for kernel in kernels:
+        kernel.run = recorder(kernel)
     try:
         launch()
     finally:
-        del kernel.run  # back to the method of its class
-    ((args, kwargs),) = calls
+        for kernel in kernels:
+            del kernel.run  # back to the method of its class
+    return [_case(name(kernel), kernel, args, kwargs, fields) for kernel, args, kwargs in calls]
+
+
+def _case(name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fields: dict[str, Any]) -> CompileCase:
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     aligned: list[str] = []

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def randn(*shape: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+def randn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
     """Normally distributed values."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return values.to(dtype).to(device)

@@ -11,6 +11,11 @@ def test_append(case: cases.PageCase) -> None:
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_append_mla(case: cases.PageCase) -> None:
+    cases.check_append_mla(case, "cuda")
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
 def test_batch_indices_positions(case: cases.PageCase) -> None:
     cases.check_batch_indices_positions(case, "cuda")
 

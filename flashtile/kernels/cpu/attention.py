@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtile.plan.plan import Plan
+from flashtile.plan.scales import NO_SCALES, Factor, Scales
 from flashtile.plan.worklist import ITEM_FIELDS, MERGE_FIELDS
 
 # Logits of one batch, in elements: 16 MB of fp32 stay within a few cores' last-level cache.
@@ -84,14 +85,37 @@ def _make_batch(plan: Plan, item: dict[str, np.ndarray], num_tokens: int) -> Bat
     )
 
 
-def _state(plan: Plan, batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(cache: Tensor, at: tuple[Tensor, ...], scale: Factor | None, zero: Factor | None) -> Tensor:
+    """Rows of a cache as values, [b, L, H_kv, D] fp32."""
+    if cache.dtype == torch.uint8:
+        packed = cache[at]
+        rows = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).float()
+    elif cache.element_size() == 1:  # fp8 has no indexing
+        rows = cache.view(torch.uint8)[at].view(cache.dtype).float()
+    else:
+        rows = cache[at].float()
+    if zero is not None:
+        rows -= _spread(zero, at, rows)
+    elif cache.dtype == torch.uint8:
+        rows -= 8.0
+    return rows if scale is None else rows.mul_(_spread(scale, at, rows))
+
+
+def _spread(factor: Factor, at: tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    values = (factor.values if factor.form == "head" else factor.values[at]).float()
+    return values.repeat_interleave(rows.shape[-1] // values.shape[-1], -1) if factor.form == "group" else values[..., None]
+
+
+def _state(
+    plan: Plan, batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float, scales: Scales
+) -> tuple[Tensor, Tensor, Tensor]:
     """(m, l, acc) of a batch: natural-log maximum and sum [b, H_kv, G, T, 1], and acc [b, H_kv, G, T, head_dim_vo]."""
     p = plan.problem
     b, t = batch.tokens.shape
     rows = q[batch.tokens].float().view(b, t, p.num_kv_heads, p.group_size, p.head_dim_qk)
     rows = rows.permute(0, 2, 3, 1, 4).reshape(b, p.num_kv_heads, p.group_size * t, p.head_dim_qk)
-    keys = k[batch.kv_rows].float().permute(0, 2, 3, 1)  # [b, H_kv, D, L]
-    values = v[batch.kv_rows].float().permute(0, 2, 1, 3)  # [b, H_kv, L, D]
+    keys = _gather(k, batch.kv_rows, scales.k, scales.k_zero).permute(0, 2, 3, 1)  # [b, H_kv, D, L]
+    values = _gather(v, batch.kv_rows, scales.v, scales.v_zero).permute(0, 2, 1, 3)  # [b, H_kv, L, D]
     if batch.kv_valid is not None:  # padding repeats rows that may not be the item's own: 0 * NaN must not arise
         values = values.masked_fill(~batch.kv_valid[:, None, :, None], 0.0)
     logits = torch.matmul(rows, keys).view(b, p.num_kv_heads, p.group_size, t, -1).mul_(scale)
@@ -127,18 +151,21 @@ def run(
     workspace: Tensor,
     sm_scale: float,
     sinks: Tensor | None,
+    scales: Scales | None = None,
 ) -> None:
     """Run a plan on CPU tensors: arguments as of the portable family's launcher, kernels/attention.py."""
-    p = plan.problem
+    p, scales = plan.problem, scales or NO_SCALES
     partial, partial_lse = plan.partials(workspace)
     batches = _BATCHES.get(plan)
     if batches is None:
         batches = _BATCHES[plan] = _make_batches(plan)
     sink = None if sinks is None else sinks.float().view(1, p.num_kv_heads, p.group_size, 1, 1)
     for batch in batches:
-        m, l, acc = _state(plan, batch, q, k, v, sm_scale)
+        m, l, acc = _state(plan, batch, q, k, v, sm_scale, scales)
         b, t = batch.tokens.shape
         result, result_lse = _finish(m, l, acc, sink if batch.slots is None else None)
+        if scales.out != 1.0:
+            result *= scales.out
         result, result_lse = result.permute(0, 3, 1, 2, 4), result_lse.permute(0, 3, 1, 2, 4)  # [b, T, H_kv, G, D or 1]
         if batch.slots is None:
             out[batch.tokens.view(-1)] = result.reshape(b * t, p.num_qo_heads, p.head_dim_vo).to(out.dtype)

@@ -1,4 +1,5 @@
-"""Merging attention states in PyTorch, fp32 inside. A state without keys (s = -inf) takes no part, whatever its v holds."""
+"""Merging attention states in PyTorch, fp32 inside. A state without keys (s = -inf) takes no part, whatever its v
+holds."""
 
 import torch
 from torch import Tensor

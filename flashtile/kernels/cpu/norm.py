@@ -18,13 +18,14 @@ def rmsnorm(
     out_factor: float,
     enable_pdl: bool,
 ) -> None:
-    """out = rmsnorm(input) * (weight_offset + weight) [..., d], then silu; fp8 out is scaled by out_factor / out_scale."""
+    """out = rmsnorm(input) * (weight_offset + weight) [..., d], its silu if asked for; fp8 out is scaled by
+    out_factor / out_scale."""
     if weight_offset:
         weight = weight.float() + weight_offset
     if out.dtype == torch.float32 and not silu:
         torch.mul(input, _inverse_rms(input, eps), out=out).mul_(weight)
     else:
-        y = _normalised(input.float(), weight, eps)
+        y = normalised(input.float(), weight, eps)
         store(out, F.silu(y) if silu else y, out_scale, out_factor)
 
 
@@ -47,14 +48,15 @@ def fused_add_rmsnorm_quant(
     enable_pdl: bool,
 ) -> None:
     """residual += input; out = rmsnorm of the unrounded sum, scaled by out_factor / out_scale, in fp8."""
-    store(out, _normalised(_add(residual, input), weight, eps), out_scale, out_factor)
+    store(out, normalised(_add(residual, input), weight, eps), out_scale, out_factor)
 
 
 def layernorm(
     out: Tensor, input: Tensor, weight: Tensor, bias: Tensor, eps: float, out_scale: Tensor | None, out_factor: float
 ) -> None:
     """out = layernorm(input) * weight + bias [..., d]; fp8 out is scaled by out_factor / out_scale."""
-    store(out, F.layer_norm(input.float(), weight.shape, weight.float(), bias.float(), eps), out_scale, out_factor)
+    difference = input.float() - input.float().mean(-1, keepdim=True)  # before squaring: a large mean costs no digits
+    store(out, normalised(difference, weight, eps).add_(bias.float()), out_scale, out_factor)
 
 
 def _add(residual: Tensor, input: Tensor) -> Tensor:
@@ -67,9 +69,8 @@ def _add(residual: Tensor, input: Tensor) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def _normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalised(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * _inverse_rms(x, eps)).mul_(weight.float())

@@ -8,7 +8,7 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def store(out: Tensor, x: Tensor, scale: Tensor | None = None, factor: float = 1.0) -> None:
-    """out = x; if out is fp8, x * factor / scale, with what is too large for it at its largest value (NaN stays NaN)."""
+    """out = x; if out is fp8, x * factor / scale, what is too large for it becoming its largest (NaN stays NaN)."""
     if out.dtype in FP8_DTYPES:
         largest = torch.finfo(out.dtype).max
         x = (x * (factor if scale is None else factor / scale.float())).clamp(-largest, largest)

@@ -23,7 +23,7 @@ def rope(
     """q and k [nnz, num_heads, head_dim] turned by pos_ids [nnz] times the frequencies; outputs may be the inputs."""
     llama31 = None if llama31 is None else tuple(llama31)
     angles = torch.outer(pos_ids.float(), frequencies(rotary_dim, rope_scale, rope_theta, llama31, q.device))
-    _rotate(q_out, k_out, q, k, angles.cos(), angles.sin(), interleave)
+    rotate(q_out, k_out, q, k, angles.cos(), angles.sin(), interleave)
 
 
 def rope_inplace(q: Tensor, k: Tensor, *args) -> None:
@@ -36,7 +36,7 @@ def rope_cached(
 ) -> None:
     """The same; row p of cos_sin_cache [max_position, rotary_dim] is cos, then sin, of the angles at position p."""
     cos, sin = cos_sin_cache.index_select(0, pos_ids).chunk(2, dim=-1)
-    _rotate(q_out, k_out, q, k, cos, sin, interleave)
+    rotate(q_out, k_out, q, k, cos, sin, interleave)
 
 
 def rope_cached_inplace(q: Tensor, k: Tensor, *args) -> None:
@@ -44,7 +44,7 @@ def rope_cached_inplace(q: Tensor, k: Tensor, *args) -> None:
     rope_cached(q, k, q, k, *args)
 
 
-def _rotate(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> None:
+def rotate(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> None:
     rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
     for out, x in ((q_out, q), (k_out, k)):

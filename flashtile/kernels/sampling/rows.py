@@ -4,12 +4,23 @@ A chunk is a fixed run of ids, and every sum is taken over chunks first, in a fi
 nothing but the row: not on the batch around it, nor on how many programs share the work."""
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-CHUNK = 4096  # ids: 16 KB of fp32, 32 per thread of 4 warps; a vocabulary of 128k is 32 programs, enough for batch size 1
+from flashtile import config
+
+CHUNK = (
+    2048  # ids: 8 KB of fp32, 32 per thread of 2 warps; a vocabulary of 128k makes 63 programs, enough for batch size 1
+)
 MAX_CHUNKS = 1024  # of a row: one program adds up the chunks' sums
+CHUNK_WARPS = 2  # 32 entries, eight 16-byte loads, per thread
+ROW_WARPS = 8  # a program with a row to itself: there are few, so latency counts
+WORKSPACE_BYTES = 2**28
 
 
 # Triton's interpreter reduces a tuple of tensors element by element, in Python, and not over all axes
@@ -131,3 +142,86 @@ def draw_token(row_ptr, length, kept, keep_from, u, NUM_CHUNKS: tl.constexpr, CH
     weights = tl.where(x < keep_from, 0.0, tl.maximum(x, 0.0))
     token = chunk * CHUNK + first_above(weights, rest, CHUNK)
     return tl.where(good, token, 0), good
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A row of `length` entries in chunks: their number, also rounded up to a power of two, and their size."""
+
+    length: int
+    count: int
+    padded: int
+    size: int
+
+    @property
+    def keywords(self) -> dict[str, int]:
+        """Constexprs of most kernels."""
+        return {"NUM_CHUNKS": self.padded, "CHUNK": self.size}
+
+
+def chunks_of(length: int) -> Chunks:
+    """How rows of `length` are cut. NotImplementedError for rows too long."""
+    size = min(CHUNK, max(128, triton.next_power_of_2(length)))
+    count = triton.cdiv(length, size)
+    if count > MAX_CHUNKS:
+        raise NotImplementedError(
+            f"vocab_size: more than {CHUNK * MAX_CHUNKS} is not implemented on CUDA, got {length}"
+        )
+    return Chunks(length, count, triton.next_power_of_2(count), size)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Seed and offset of the outputs from `first` on, as kernels take them."""
+
+    seed: Tensor | None
+    seed_value: int
+    offset: Tensor | None
+    offset_value: int
+    first: int = 0
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """seed_ptr, seed, offset_ptr, offset, first_output."""
+        return self.seed, self.seed_value, self.offset, self.offset_value, self.first
+
+    @property
+    def keywords(self) -> dict[str, int]:
+        """Constexprs: 0 a value, 1 one entry, 2 one per row."""
+        seeds, offsets = (0 if x is None else 1 if len(x) == 1 else 2 for x in (self.seed, self.offset))
+        return {"SEEDS": seeds, "OFFSETS": offsets}
+
+    def part(self, outputs: slice) -> "Random":
+        """The state of some outputs."""
+        return Random(
+            entries(self.seed, outputs),
+            self.seed_value,
+            entries(self.offset, outputs),
+            self.offset_value,
+            outputs.start,
+        )
+
+
+NO_RANDOM = Random(None, 0, None, 0)
+
+
+def entries(x: Tensor | None, outputs: slice) -> Tensor | None:
+    """The entries of these outputs, if x has one for each."""
+    return x if x is None or len(x) == 1 else x[outputs]
+
+
+def slices(num_outputs: int, bytes_per_output: int) -> Iterator[slice]:
+    """The outputs in runs whose workspace stays within bounds: all at once, but for very large batches."""
+    step = max(1, WORKSPACE_BYTES // bytes_per_output)
+    for begin in range(0, num_outputs, step):
+        yield slice(begin, min(begin + step, num_outputs))
+
+
+def overlaps(x: Tensor, pdl: bool | None = None) -> bool:
+    """Whether the kernels of a call may overlap on the device of x: on sm_90, unless `pdl` says otherwise."""
+    return config.capability(x.device) >= (9, 0) if pdl is None else pdl
+
+
+def after(overlap: bool, wait: bool = True) -> dict[str, Any]:
+    """Keywords of a launch that may overlap the one before it; wait: it depends on that one's results."""
+    return {"ENABLE_PDL": overlap, **({"launch_pdl": True} if overlap and wait else {})}

@@ -1,9 +1,26 @@
 """The ids of exactly k entries of each row, given the threshold: all above it, and as many equal to it as are missing."""
 
+from collections.abc import Iterator
+from functools import partial
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from flashtile.kernels.sampling.rows import load_chunk, window_of_row
+from flashtile.kernels.sampling.rows import CHUNK_WARPS, chunks_of, entries, load_chunk, window_of_row
+from flashtile.kernels.sampling.threshold import (
+    Filters,
+    guess_kernel,
+    search_slices,
+    select_kernel,
+    sweep_kernel,
+    thresholds,
+)
+from flashtile.testing.compile import CompileCase
+from flashtile.testing.launches import recordings
+
+BLOCK_K = 1024  # ids of padding written together
 
 
 @triton.jit
@@ -60,3 +77,39 @@ def write_ids_kernel(
         for begin in range(0, k, BLOCK_K):
             rest = begin + tl.arange(0, BLOCK_K)
             tl.store(ids_ptr + rest, tl.full([BLOCK_K], -1, tl.int32), mask=(rest >= num_selected) & (rest < k))
+
+
+def top_k(
+    ids: Tensor,
+    input: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    prefer_large_ids: bool,
+    pdl: bool | None = None,
+) -> None:
+    """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start, padded with -1."""
+    k, chunks = ids.shape[1], chunks_of(input.shape[1])
+    for part in search_slices(len(input), chunks.length):
+        x, begins, sizes = input[part], entries(starts, part), entries(lengths, part)
+        from_value, _ = thresholds(
+            x, Filters(top_k_value=k), signed=True, mass=False, exact=True, starts=begins, lengths=sizes, pdl=pdl
+        )
+        counts = ids.new_empty((len(x), 2, chunks.padded))
+        grid = (len(x) * chunks.count,)
+        windows = sizes, begins, chunks.length, chunks.count
+        options = {"WINDOW": begins is not None or sizes is not None, **chunks.keywords, "num_warps": CHUNK_WARPS}
+        count_kernel[grid](counts, x, x.stride(0), from_value, *windows, **options)
+        write_ids_kernel[grid](
+            ids[part], ids.stride(0), k, x, x.stride(0), from_value, counts, *windows,
+            LARGE_IDS=prefer_large_ids, BLOCK_K=BLOCK_K, **options,
+        )  # fmt: skip
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Whole rows and windows; the search has cases of its own."""
+    kernels = (count_kernel, write_ids_kernel, guess_kernel, sweep_kernel, select_kernel)
+    x, ids = torch.empty((8, 128256), device="meta"), torch.empty((8, 2048), dtype=torch.int32, device="meta")
+    for window, name in ((None, "rows"), (ids[:, 0], "windows")):
+        launch = partial(top_k, ids, x, window, window, window is None, pdl=False)
+        cases = recordings(lambda kernel, name=name: f"{kernel.__name__} {name}", kernels, launch)
+        yield from (case for case in cases if case.kernel in (count_kernel, write_ids_kernel))

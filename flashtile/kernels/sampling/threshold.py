@@ -10,171 +10,117 @@ Three steps (a floating-point form of Floyd and Rivest's selection, CACM 1975):
 The threshold is the smallest value x of the row for which keep(x) holds: fewer than k entries are greater than x, and
 their mass is less than top_p of the total."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from flashtile.kernels.sampling.guess import NO_LIMIT, filters_of_row, guess, guess_kernel, key_of, value_of
 from flashtile.kernels.sampling.rows import (
+    CHUNK_WARPS,
+    NO_RANDOM,
+    ROW_WARPS,
+    Chunks,
+    Random,
+    after,
+    chunks_of,
     draw_token,
+    entries,
     load_chunk,
+    overlaps,
     row_of_output,
-    row_value,
+    slices,
     sum2,
     sum3,
     uniform,
     window_of_row,
 )
+from flashtile.testing.compile import CompileCase
+from flashtile.testing.launches import recordings
 
-SLOTS = 1024  # per chunk of 4096: brackets of k or of mass cover some 5 % of a flat distribution, 9 % at worst
-RUN = 8  # consecutive entries of the sample: a 32-byte sector
-SIGMAS = 4.0  # width of the bracket; a row in 10,000 is swept twice
+SLOTS = 512  # per chunk of 2048: brackets cover some 5 % of a flat distribution, 10 % at worst
 SLOT_TILE = 2048  # slots looked at together: 8 per thread of 8 warps
-NO_LIMIT = 2**31 - 1  # top_k that is off
 
-_RUN = tl.constexpr(RUN)
-_SIGMAS = tl.constexpr(SIGMAS)
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 _KEY_OF_INF = tl.constexpr(0x7F800000)
 
 
-def sample_size(length: int) -> int:
-    """Entries to sample from rows of `length`: with their number the guess gets slower, and the bracket narrower."""
-    return 2048 if length <= 65536 else 4096
+@dataclass(frozen=True)
+class Filters:
+    """top_k (0: off) and top_p (1: off), for each output or one for all; top_p is of the top-k's mass, or of the row's."""
+
+    top_k: Tensor | None = None
+    top_k_value: int = 0
+    top_p: Tensor | None = None
+    top_p_value: float = 1.0
+    joint: bool = False
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """top_k_ptr, top_k, top_p_ptr, top_p."""
+        return self.top_k, self.top_k_value, self.top_p, self.top_p_value
+
+    def keywords(self, length: int) -> dict[str, Any]:
+        """Constexprs: which filters are on, for rows of this length: 0 off, 1 one value, 2 one per output."""
+        use_k = 2 if self.top_k is not None else int(0 < self.top_k_value < length)
+        use_p = 2 if self.top_p is not None else int(self.top_p_value < 1)
+        return {"USE_K": use_k, "USE_P": use_p, "K_FIRST": bool(use_k and use_p and not self.joint)}
+
+    def part(self, outputs: slice) -> "Filters":
+        """The filters of some outputs."""
+        return Filters(
+            entries(self.top_k, outputs), self.top_k_value, entries(self.top_p, outputs), self.top_p_value, self.joint
+        )
 
 
 @triton.jit
-def key_of(x):
-    """int32 in the order of the floats x."""
-    bits = tl.cast(x, tl.float32).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def value_of(key):
-    """The float of a key."""
-    key = tl.cast(key, tl.int32)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def filters_of_row(
-    top_k_ptr, top_k, top_p_ptr, top_p, row, length, USE_K: tl.constexpr, USE_P: tl.constexpr
-):  # fmt: skip
-    """(k, top_p) of a row; NO_LIMIT and inf where a filter is off. USE_*: 0 off, 1 one value, 2 one per row."""
-    k = tl.cast(_NO_LIMIT, tl.int32)
-    p = tl.cast(float("inf"), tl.float32)
-    if USE_K > 0:
-        k = tl.cast(row_value(top_k_ptr, top_k, row, USE_K == 2), tl.int32)
-        k = tl.where(k < length, k, _NO_LIMIT)
-    if USE_P > 0:
-        p = tl.cast(row_value(top_p_ptr, top_p, row, USE_P == 2), tl.float32)
-        p = tl.where(p < 1.0, p, float("inf"))
-    return k, p
-
-
-@triton.jit
-def guess_bracket(
-    row_ptr, length, k, top_p,
-    USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr, SIGNED: tl.constexpr, SAMPLE: tl.constexpr,
-):  # fmt: skip
-    """(lo, hi): all but surely keep(lo) is false and keep(hi) is true.
-
-    The sample's counts and masses estimate the row's, with the standard error of a random sample; rows are taken to sum
-    to 1. Both ends are bisected together, over the upper 16 bits of their keys.
-    """
-    offs = tl.arange(0, SAMPLE)
-    offs = offs // _RUN * (length // (SAMPLE // _RUN)) + offs % _RUN
-    x = tl.load(row_ptr + offs, mask=offs < length, other=-float("inf")).to(tl.float32)
-    share = SAMPLE / tl.maximum(length, 1).to(tl.float32)  # of the row that is sampled
-    has_k = k < _NO_LIMIT
-    has_p = top_p < 1.0
-    wanted = k.to(tl.float32) * share  # entries of the sample above the k-th
-    tail = (1.0 - top_p) * share  # mass of the sample below the threshold of top-p
-    low_end: tl.constexpr = -32641 if SIGNED else 0  # -inf, or 0: no threshold is lower
-    high_end: tl.constexpr = 32640  # inf
-    out_key = tl.cast(low_end, tl.int32)  # lo: the largest known to be out
-    out_end = tl.cast(high_end, tl.int32)
-    in_end = tl.cast(low_end, tl.int32)
-    in_key = tl.cast(high_end, tl.int32)  # hi: the smallest known to be in
-    for _ in range(16 if SIGNED else 15):
-        out_mid = (out_key + out_end) >> 1
-        in_mid = (in_end + in_key) >> 1
-        lo = value_of(out_mid << 16)
-        hi = value_of(in_mid << 16)
-        above_lo, above_hi = sum2((x > lo).to(tl.int32), (x > hi).to(tl.int32), 0)
-        above_lo = above_lo.to(tl.float32)
-        above_hi = above_hi.to(tl.float32)
-        is_out = tl.cast(False, tl.int1)
-        is_in = tl.cast(True, tl.int1)
-        if USE_K:
-            is_out = is_out | (has_k & (above_lo - _SIGMAS * tl.sqrt(above_lo + 1.0) >= wanted))
-            is_in = is_in & (~has_k | (above_hi + _SIGMAS * tl.sqrt(above_hi + 1.0) <= wanted))
-        if USE_P:
-            below_lo = tl.where(x <= lo, tl.maximum(x, 0.0), 0.0)
-            below_hi = tl.where(x <= hi, tl.maximum(x, 0.0), 0.0)
-            mass_lo, squares_lo = sum2(below_lo, below_lo * below_lo, 0)
-            mass_hi, squares_hi = sum2(below_hi, below_hi * below_hi, 0)
-            # some of the sample must be above lo: it knows nothing of greater values
-            p_out = has_p & (above_lo >= 8.0) & (mass_lo + _SIGMAS * tl.sqrt(squares_lo) <= tail)
-            p_in = ~has_p | (mass_hi - _SIGMAS * tl.sqrt(squares_hi) >= tail)
-            if K_FIRST:  # top-p is of the top-k's mass, which needs all entries down to the k-th
-                is_out = is_out | (p_out & ~has_k)
-                is_in = is_in & p_in & ~has_k
-            else:
-                is_out = is_out | p_out
-                is_in = is_in & p_in
-        out_key = tl.where(is_out, out_mid, out_key)
-        out_end = tl.where(is_out, out_end, out_mid)
-        in_key = tl.where(is_in, in_mid, in_key)
-        in_end = tl.where(is_in, in_end, in_mid)
-    lo = tl.where(out_key == low_end, -float("inf") if SIGNED else 0.0, value_of(out_key << 16))
-    hi = value_of(in_key << 16)
-    unfiltered = ~has_k & ~has_p
-    return tl.where(unfiltered, -float("inf"), lo), tl.where(unfiltered, -float("inf"), hi)
-
-
-@triton.jit(do_not_specialize=["top_k"])
-def guess_kernel(
-    brackets_ptr, x_ptr, stride_x, indices_ptr, lengths_ptr, starts_ptr, length, top_k_ptr, top_k, top_p_ptr, top_p,
-    INDIRECT: tl.constexpr, WINDOW: tl.constexpr, USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr,
-    SIGNED: tl.constexpr, SAMPLE: tl.constexpr, ENABLE_PDL: tl.constexpr,
-):  # fmt: skip
-    """Step 1, one program for each output: brackets[output] = lo, hi."""
-    output = tl.program_id(0)
-    if ENABLE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    row = row_of_output(indices_ptr, output, INDIRECT)
-    row_ptr, length = window_of_row(x_ptr + row * stride_x, length, starts_ptr, lengths_ptr, output, WINDOW)
-    k, p = filters_of_row(top_k_ptr, top_k, top_p_ptr, top_p, output, length, USE_K, USE_P)
-    lo, hi = guess_bracket(row_ptr, length, k, p, USE_K > 0, USE_P > 0, K_FIRST, SIGNED, SAMPLE)
-    tl.store(brackets_ptr + output * 2, lo)
-    tl.store(brackets_ptr + output * 2 + 1, hi)
+def load_fours(row_ptr, chunk, length, MASS: tl.constexpr, CHUNK: tl.constexpr):
+    """Entries of a chunk as [CHUNK / 4, 4], fp32: each row lies in one thread. Past the row's end: 0, or -inf without MASS."""
+    offs = chunk * CHUNK + tl.arange(0, CHUNK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    return tl.load(row_ptr + offs, mask=offs < length, other=0.0 if MASS else -float("inf")).to(tl.float32)
 
 
 @triton.jit
 def sweep_chunk(
-    x, chunk, lo, hi, slots_ptr, counts_ptr, masses_ptr,
+    x, chunk, bracket_ptr, slots_ptr, counts_ptr, masses_ptr,
     MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Store the entries of the chunk x [CHUNK] that lie in (lo, hi] in its slots, as many as fit, and its sums.
+    """Store the entries of the chunk x [CHUNK / 4, 4] that lie in (lo, hi] in its slots, as many as fit, and its sums.
 
     counts [2, NUM_CHUNKS] int32: entries in (lo, hi], and above hi. masses [3, NUM_CHUNKS] fp32 (with MASS): of all
     entries, of those above hi, and of those above lo. NaN counts as above, and makes the masses NaN.
+
+    A row's place among the slots comes from a scan over rows, an entry's place in its row costs no exchange between
+    threads: half the instructions of a scan over all entries.
     """
-    above = (x > hi) | (x != x)
-    inside = (x > lo) & (x <= hi)
-    place = tl.cumsum(inside.to(tl.int32), 0) - 1
-    tl.store(slots_ptr + chunk * SLOTS + place, x, mask=inside & (place < SLOTS))
-    num_inside, num_above = sum2(inside.to(tl.int32), above.to(tl.int32), 0)
-    tl.store(counts_ptr + chunk, num_inside)
-    tl.store(counts_ptr + NUM_CHUNKS + chunk, num_above)
+    lo = tl.load(bracket_ptr)
+    hi = tl.load(bracket_ptr + 1)
     if MASS:
-        mass = tl.where(x < 0, 0.0, x)
         total, above_hi, above_lo = sum3(
-            mass, tl.where(above, mass, 0.0), tl.where(above | inside, mass, 0.0), 0
+            tl.sum(x, 1), tl.sum(tl.where(x <= hi, 0.0, x), 1), tl.sum(tl.where(x <= lo, 0.0, x), 1), 0
         )
         tl.store(masses_ptr + chunk, total)
         tl.store(masses_ptr + NUM_CHUNKS + chunk, above_hi)
         tl.store(masses_ptr + 2 * NUM_CHUNKS + chunk, above_lo)
+    in_row = tl.sum(((x > lo) & (x <= hi)).to(tl.int32), 1)
+    num_inside, num_above = sum2(in_row, tl.sum(tl.where(x <= hi, 0, 1), 1), 0)
+    tl.store(counts_ptr + chunk, num_inside)
+    tl.store(counts_ptr + NUM_CHUNKS + chunk, num_above)
+    before = tl.cumsum(in_row, 0) - in_row
+    # loaded once more, so that the comparisons are made once more: kept, they would need 32 predicates, of which there are 7
+    lo = tl.load(bracket_ptr, volatile=True)
+    hi = tl.load(bracket_ptr + 1, volatile=True)
+    inside = (x > lo) & (x <= hi)
+    place = (before - 1)[:, None] + tl.cumsum(inside.to(tl.int32), 1)
+    slots_ptr += chunk * SLOTS
+    tl.store(slots_ptr + place, x, mask=inside & (before <= SLOTS - 4)[:, None])
+    end = num_inside + tl.arange(0, 4)  # slots are read in fours
+    tl.store(slots_ptr + end, tl.full([4], -float("inf"), tl.float32), mask=end < SLOTS)
 
 
 @triton.jit
@@ -188,41 +134,43 @@ def sweep_kernel(
     chunk = tl.program_id(0) % num_chunks
     row = row_of_output(indices_ptr, output, INDIRECT)
     row_ptr, length = window_of_row(x_ptr + row * stride_x, length, starts_ptr, lengths_ptr, output, WINDOW)
-    x = load_chunk(row_ptr, chunk, length, CHUNK)  # in flight while the guess is made
+    x = load_fours(row_ptr, chunk, length, MASS, CHUNK)  # in flight while the guess is made
     if ENABLE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    lo = tl.load(brackets_ptr + output * 2)
-    hi = tl.load(brackets_ptr + output * 2 + 1)
     place = output.to(tl.int64) * NUM_CHUNKS
     sweep_chunk(
-        x, chunk, lo, hi, slots_ptr + place * SLOTS, counts_ptr + 2 * place, masses_ptr + 3 * place,
+        x, chunk, brackets_ptr + output * 2, slots_ptr + place * SLOTS, counts_ptr + 2 * place, masses_ptr + 3 * place,
         MASS, NUM_CHUNKS, SLOTS,
     )  # fmt: skip
 
 
 @triton.jit
-def slots_from(slots_ptr, extent, begin, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The next entries in slots [NUM_CHUNKS, WIDTH] of all chunks, fp32; -inf past a chunk's extent [NUM_CHUNKS]."""
-    chunk = tl.arange(0, NUM_CHUNKS)[:, None]
-    slot = begin + tl.arange(0, WIDTH)[None, :]
-    mask = slot < extent[:, None]
+def slots_from(
+    slots_ptr, extent, begin, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """The next entries in slots [NUM_CHUNKS, WIDTH / 4, 4] of all chunks, fp32; -inf past a chunk's extent [NUM_CHUNKS]."""
+    chunk = tl.arange(0, NUM_CHUNKS)[:, None, None]
+    four = begin + 4 * tl.arange(0, WIDTH // 4)[None, :, None]
+    slot = four + tl.arange(0, 4)[None, None, :]
+    # slots are padded to fours, so that a mask of fours will do, and loads are 16 bytes wide
+    mask = (slot if WHOLE else four) < extent[:, None, None]
     return tl.load(slots_ptr + chunk * SLOTS + slot, mask=mask, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
 def slots_above(
-    slots_ptr, extent, pivot, MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
+    slots_ptr, extent, pivot, MASS: tl.constexpr, WHOLE: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Count and mass (0 without MASS) of the entries in slots that are above pivot."""
-    count = tl.zeros([NUM_CHUNKS, WIDTH], tl.int32)
-    mass = tl.zeros([NUM_CHUNKS, WIDTH], tl.float32)
+    """Count and mass (0 without MASS) of the entries in slots that are above pivot, NaN included."""
+    count = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.int32)
+    mass = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.float32)
     for begin in range(0, tl.max(extent), WIDTH):
-        x = slots_from(slots_ptr, extent, begin, NUM_CHUNKS, SLOTS, WIDTH)
-        above = (x > pivot) | (x != x)
-        count += above.to(tl.int32)
+        x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+        count += tl.where(x <= pivot, 0, 1)
         if MASS:
-            mass += tl.where(above, x, 0.0)
+            mass += tl.where(x <= pivot, 0.0, x)
     if MASS:
         return sum2(count, mass, None)
     else:
@@ -230,42 +178,68 @@ def slots_above(
 
 
 @triton.jit
-def slots_not_below(slots_ptr, extent, value, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Counts and masses, for each chunk [NUM_CHUNKS], of the entries in slots that are at least value."""
-    count = tl.zeros([NUM_CHUNKS, WIDTH], tl.int32)
-    mass = tl.zeros([NUM_CHUNKS, WIDTH], tl.float32)
+def mass_of_chunks_above(
+    slots_ptr, extent, pivot, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """The mass in slots above pivot of each chunk [NUM_CHUNKS]."""
+    mass = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.float32)
     for begin in range(0, tl.max(extent), WIDTH):
-        x = slots_from(slots_ptr, extent, begin, NUM_CHUNKS, SLOTS, WIDTH)
-        count += (x >= value).to(tl.int32)
-        mass += tl.where(x >= value, x, 0.0)
-    return sum2(count, mass, 1)
+        x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+        mass += tl.where(x <= pivot, 0.0, x)
+    return tl.sum(tl.sum(mass, 2), 1)
+
+
+@triton.jit
+def extreme_slot(
+    slots_ptr, extent, above, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    LARGEST: tl.constexpr,
+):  # fmt: skip
+    """The largest entry in slots, or the smallest one above a value."""
+    found = tl.full([NUM_CHUNKS, WIDTH // 4, 4], -float("inf") if LARGEST else float("inf"), tl.float32)
+    for begin in range(0, tl.max(extent), WIDTH):
+        x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+        if LARGEST:
+            found = tl.maximum(found, x)
+        else:
+            found = tl.where(x > above, tl.minimum(found, x), found)
+    return tl.max(found) if LARGEST else tl.min(found)
 
 
 @triton.jit
 def bisect_slots(
-    slots_ptr, extent, out_key, num_out, hi, k, mass_above, enough, MASS: tl.constexpr,
+    slots_ptr, extent, out_key, num_out, mass_out, hi, k, mass_above, enough, MASS: tl.constexpr, WHOLE: tl.constexpr,
     NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The smallest entry in slots, up to hi, that fewer than k of them exceed, whose mass together with mass_above is below
-    enough. out_key is the key of a lower value; num_out entries in slots are above it, or some more."""
-    largest = tl.full([NUM_CHUNKS, WIDTH], -float("inf"), tl.float32)
-    for begin in range(0, tl.max(extent), WIDTH):
-        largest = tl.maximum(largest, slots_from(slots_ptr, extent, begin, NUM_CHUNKS, SLOTS, WIDTH))
-    in_key = tl.minimum(key_of(tl.max(largest)), key_of(hi)).to(tl.int64)
-    num_in = 0  # entries in slots above in_key
+    """The largest key found at which keep does not hold: that of a value just below the threshold, or of an equal of
+    entries below it.
+
+    keep(x): fewer than k entries in slots are above x, of a mass, with mass_above, below enough. It holds at hi, and not at
+    out_key. num_out entries, of mass mass_out, are above out_key: guesses, that only place the first pivot.
+    """
+    top = hi
+    if hi == float("inf"):
+        top = extreme_slot(slots_ptr, extent, 0.0, WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=True)
+    in_key = key_of(top).to(tl.int64)
+    num_in = 0
+    mass_in = mass_above
+    tries = 0
     while (in_key - out_key > 1) & (num_out - num_in > 1):  # a single entry between them is the threshold
-        middle = (out_key + in_key) >> 1
-        count, mass = slots_above(slots_ptr, extent, value_of(middle), MASS, NUM_CHUNKS, SLOTS, WIDTH)
-        keep = (count < k) & (mass_above + mass < enough)
-        in_key = tl.where(keep, middle, in_key)
+        # where the threshold lies if counts, or masses, rise evenly from in_key down to out_key; every third time, halfway
+        even = tl.minimum((k - num_in) / (num_out - num_in), (enough - mass_in) / (mass_out - mass_in))
+        part = tl.where(tries % 3 == 2, 0.5, tl.minimum(tl.maximum(even, 0.0), 1.0))
+        pivot = in_key - ((in_key - out_key).to(tl.float32) * part).to(tl.int64)
+        pivot = tl.minimum(tl.maximum(pivot, out_key + 1), in_key - 1)
+        count, mass = slots_above(slots_ptr, extent, value_of(pivot), MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+        mass = mass_above + mass
+        keep = (count < k) & (mass < enough)
+        in_key = tl.where(keep, pivot, in_key)
         num_in = tl.where(keep, count, num_in)
-        out_key = tl.where(keep, out_key, middle)
+        mass_in = tl.where(keep, mass, mass_in)
+        out_key = tl.where(keep, out_key, pivot)
         num_out = tl.where(keep, num_out, count)
-    smallest = tl.full([NUM_CHUNKS, WIDTH], float("inf"), tl.float32)
-    for begin in range(0, tl.max(extent), WIDTH):
-        x = slots_from(slots_ptr, extent, begin, NUM_CHUNKS, SLOTS, WIDTH)
-        smallest = tl.where(x > value_of(out_key), tl.minimum(smallest, x), smallest)
-    return tl.min(smallest)
+        mass_out = tl.where(keep, mass_out, mass)
+        tries += 1
+    return out_key
 
 
 @triton.jit
@@ -297,14 +271,15 @@ def sums_of_row(
 
 @triton.jit
 def settle(
-    row_ptr, length, num_chunks, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, floor, bottom,
-    MASS: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, floor, bottom,
+    MASS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Step 3 for keep(x) = fewer than k entries above x, of a mass below enough.
+    """Step 3 for keep(x): fewer than k entries are above x, of a mass below enough.
 
-    Returns the threshold, `bottom` for a row that keeps all; the mass kept [NUM_CHUNKS]; and the bracket proved. floor: no
-    lower value is the threshold. WHOLE: the slots are the row itself, the bracket bottom..inf.
+    Returns a value that the entries kept are not below, and all others are (EXACT: the smallest entry kept), `bottom` if
+    all are kept; the mass kept [NUM_CHUNKS]; and the bracket proved. floor: no lower value is the threshold. WHOLE: the
+    slots are the row itself, the bracket bottom..inf.
     """
     inside, above, total, above_hi, above_lo = sums_of_row(
         row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
@@ -332,10 +307,13 @@ def settle(
             step = tl.minimum(step * 8, 1 << 31)
             lo = value_of(out_key)
             hi = value_of(in_key)
+            tl.debug_barrier()  # all have read what is overwritten now
+            tl.store(bracket_ptr, lo)
+            tl.store(bracket_ptr + 1, hi)
             tl.debug_barrier()
             for chunk in range(num_chunks):
-                x = load_chunk(row_ptr, chunk, length, CHUNK)
-                sweep_chunk(x, chunk, lo, hi, slots_ptr, counts_ptr, masses_ptr, MASS, NUM_CHUNKS, SLOTS)
+                x = load_fours(row_ptr, chunk, length, MASS, CHUNK)
+                sweep_chunk(x, chunk, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, MASS, NUM_CHUNKS, SLOTS)
             tl.debug_barrier()
             inside, above, total, above_hi, above_lo = sums_of_row(
                 row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
@@ -354,14 +332,19 @@ def settle(
         kept = above_lo
     else:
         extent = tl.zeros([NUM_CHUNKS], tl.int32) + length if WHOLE else inside
-        below = tl.maximum(key_of(lo).to(tl.int64), key_of(floor).to(tl.int64) - 1)
-        threshold = bisect_slots(
-            slots_ptr, extent, below, tl.sum(extent), hi, k - tl.sum(above), tl.sum(above_hi), enough,
-            MASS, NUM_CHUNKS, SLOTS, WIDTH,
+        out = tl.maximum(key_of(lo).to(tl.int64), key_of(floor).to(tl.int64) - 1)
+        out = bisect_slots(
+            slots_ptr, extent, out, tl.sum(inside), tl.sum(above_lo), hi, k - tl.sum(above), tl.sum(above_hi), enough,
+            MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH,
         )  # fmt: skip
+        threshold = value_of(out + 1)
         kept = above_hi
         if MASS:
-            kept += slots_not_below(slots_ptr, extent, threshold, NUM_CHUNKS, SLOTS, WIDTH)[1]
+            kept += mass_of_chunks_above(slots_ptr, extent, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+        if EXACT:
+            threshold = extreme_slot(
+                slots_ptr, extent, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=False
+            )  # fmt: skip
     return threshold, kept, lo, hi
 
 
@@ -371,7 +354,7 @@ def select_kernel(
     x_ptr, stride_x, indices_ptr, lengths_ptr, starts_ptr, length, num_chunks,
     top_k_ptr, top_k, top_p_ptr, top_p, seed_ptr, seed, offset_ptr, offset, first_output,
     INDIRECT: tl.constexpr, WINDOW: tl.constexpr, USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr,
-    SIGNED: tl.constexpr, MASS: tl.constexpr, DRAW: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr,
+    SIGNED: tl.constexpr, MASS: tl.constexpr, EXACT: tl.constexpr, DRAW: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr,
     WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -388,6 +371,7 @@ def select_kernel(
     bottom = tl.cast(-float("inf") if SIGNED else 0.0, tl.float32)
     if WHOLE:
         slots_ptr = row_ptr
+        bracket_ptr = brackets_ptr
         lo = bottom
         hi = tl.cast(float("inf"), tl.float32)
     else:
@@ -397,24 +381,19 @@ def select_kernel(
         masses_ptr += 3 * place
         if ENABLE_PDL:
             tl.extra.cuda.gdc_wait()
-        lo = tl.load(brackets_ptr + output * 2)
-        hi = tl.load(brackets_ptr + output * 2 + 1)
-    enough = tl.cast(float("inf"), tl.float32)
-    if USE_P and not K_FIRST:
-        total = sums_of_row(
-            row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
-        )[2]
-        enough = share_of(p, total)
-    threshold, kept, lo, hi = settle(
-        row_ptr, length, num_chunks, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, bottom, bottom,
-        MASS, WHOLE, NUM_CHUNKS, CHUNK, SLOTS, WIDTH,
-    )  # fmt: skip
-    if USE_P and K_FIRST:
-        if p < 1.0:
-            threshold, kept, lo, hi = settle(
-                row_ptr, length, num_chunks, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, share_of(p, kept), threshold,
-                bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK, SLOTS, WIDTH,
-            )  # fmt: skip
+        bracket_ptr = brackets_ptr + output * 2
+        lo = tl.load(bracket_ptr)
+        hi = tl.load(bracket_ptr + 1)
+    kept = sums_of_row(row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK)[2]
+    threshold = bottom
+    for phase in range(tl.where(p < 1.0, 2, 1) if K_FIRST else 1):
+        enough = share_of(p, kept) if USE_P else tl.cast(float("inf"), tl.float32)
+        if K_FIRST:  # first the top-k, of whose mass the second phase wants its share
+            enough = tl.where(phase == 0, float("inf"), enough)
+        threshold, kept, lo, hi = settle(
+            row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, threshold,
+            bottom, MASS, EXACT, WHOLE, NUM_CHUNKS, CHUNK, SLOTS, WIDTH,
+        )  # fmt: skip
     if DRAW:
         token, good = draw_token(row_ptr, length, kept, threshold, u, NUM_CHUNKS, CHUNK)
         tl.store(ids_ptr + output, token)
@@ -431,3 +410,104 @@ def share_of(p, masses):
     entry is always kept; inf for p = inf, a filter that is off."""
     total = tl.sum(masses.to(tl.float64), 0)
     return tl.where(p < 1.0, tl.maximum((p.to(tl.float64) * total).to(tl.float32), 1e-38), float("inf"))
+
+
+def sample(
+    ids: Tensor, valid: Tensor, probs: Tensor, indices: Tensor | None, filters: Filters, random: Random, pdl: bool | None
+) -> None:  # fmt: skip
+    """A token for each output, from its row of probs under filters."""
+    for part in search_slices(len(ids), probs.shape[1]):
+        _search(
+            probs, part.stop - part.start, filters.part(part), outputs=(ids[part], valid[part], None, None), signed=False,
+            mass=True, random=random.part(part), indices=entries(indices, part), pdl=pdl,
+        )  # fmt: skip
+
+
+def thresholds(
+    x: Tensor, filters: Filters, *, signed: bool, mass: bool, exact: bool = False, starts: Tensor | None = None, lengths: Tensor | None = None,
+    pdl: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The thresholds of rows x, and (mass) the mass they keep, each [rows]. signed: entries may be negative. exact: the
+    threshold is an entry, not a value just below it. starts, lengths: [rows], the entries that count."""
+    from_value, kept = x.new_empty((2, len(x)), dtype=torch.float32)
+    _search(
+        x, len(x), filters, outputs=(None, None, from_value, kept), signed=signed, mass=mass, exact=exact, random=None,
+        starts=starts, lengths=lengths, pdl=pdl,
+    )  # fmt: skip
+    return from_value, kept
+
+
+def search_slices(num_outputs: int, length: int) -> Iterator[slice]:
+    """Runs of outputs to search for at once."""
+    chunks = chunks_of(length)
+    return slices(num_outputs, chunks.padded * (SLOTS + 8) * 4 if chunks.count > 1 else 4)
+
+
+def _search(
+    x: Tensor, num_outputs: int, filters: Filters, *, outputs: tuple[Tensor | None, ...], signed: bool, mass: bool,
+    exact: bool = False, random: Random | None = None, indices: Tensor | None = None, starts: Tensor | None = None, lengths: Tensor | None = None,
+    pdl: bool | None = None,
+) -> None:  # fmt: skip
+    """The three steps; rows of one chunk need only the last."""
+    chunks, overlap = chunks_of(x.shape[1]), overlaps(x, pdl)
+    on = filters.keywords(x.shape[1]) | {"SIGNED": signed}
+    rows = x, x.stride(0), indices, lengths, starts, chunks.length
+    where = {"INDIRECT": indices is not None, "WINDOW": starts is not None or lengths is not None}
+    whole = chunks.count == 1
+    work: tuple[Tensor | None, ...] = (None,) * 4
+    if not whole:
+        work = slots, counts, masses, brackets = _workspace(x, num_outputs, chunks)
+        guess(brackets, rows, filters.arguments, length=chunks.length, overlap=overlap, **where, **on)
+        sweep_kernel[(num_outputs * chunks.count,)](
+            slots, counts, masses, brackets, *rows, chunks.count,
+            **where, MASS=mass, SLOTS=SLOTS, **chunks.keywords, **after(overlap), num_warps=CHUNK_WARPS,
+        )  # fmt: skip
+    state = random or NO_RANDOM
+    select_kernel[(num_outputs,)](
+        *outputs, *work, *rows, chunks.count, *filters.arguments, *state.arguments,
+        **where, **on, MASS=mass, EXACT=exact, DRAW=random is not None, WHOLE=whole, SLOTS=SLOTS, WIDTH=max(SLOT_TILE // chunks.padded, 4),
+        **state.keywords, **chunks.keywords, **after(overlap, not whole), num_warps=ROW_WARPS,
+    )  # fmt: skip
+
+
+def _workspace(x: Tensor, num_outputs: int, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """slots, counts, masses (see `sweep_chunk`) and brackets."""
+    shape = num_outputs, chunks.padded
+    slots, masses = (x.new_empty((*shape, n), dtype=torch.float32) for n in (SLOTS, 3))
+    return (
+        slots,
+        x.new_empty((*shape, 2), dtype=torch.int32),
+        masses,
+        x.new_empty((num_outputs, 2), dtype=torch.float32),
+    )
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Each filter, for vocabularies of one chunk, of Llama-2 and of Llama-3, with overlap and without."""
+    ids = torch.empty(8, dtype=torch.int32, device="meta")
+    out, state = (ids, ids.bool()), Random(None, 2**40, None, 0)
+    kinds = {
+        "top_p": Filters(top_p_value=0.9),
+        "first": Filters(None, 40, None, 0.9),
+        "joint": Filters(None, 40, None, 0.9, True),
+    }
+    for length, pdl in ((1000, False), (32000, False), (128256, True)):
+        probs = torch.empty((8, length), device="meta")
+        for kind, filters in kinds.items():
+            yield from _recordings(
+                f"{kind} vocab={length}", partial(sample, *out, probs, None, filters, state, pdl), pdl
+            )
+    probs, tensors = probs.bfloat16(), Filters(ids, 0, ids.float(), 1.0)
+    state = Random(ids.long(), 0, ids.long(), 0)
+    yield from _recordings("tensors bf16", partial(sample, *out, probs, ids, tensors, state, False))
+    for mass in (False, True):
+        launch = partial(thresholds, probs, Filters(None, 40), signed=not mass, mass=mass, pdl=False)
+        yield from _recordings(f"thresholds bf16 mass={mass}", launch)
+    launch = partial(thresholds, probs, Filters(None, 40), signed=True, mass=False, starts=ids, lengths=ids, pdl=False)
+    yield from _recordings("thresholds of windows bf16", launch)
+
+
+def _recordings(name: str, launch: Any, pdl: bool = False) -> list[CompileCase]:
+    kernels = guess_kernel, sweep_kernel, select_kernel
+    cases = recordings(lambda kernel: f"{kernel.__name__} {name}", kernels, launch, min_capability=90 if pdl else 80)
+    return [case for case in cases if case.kernel is not guess_kernel]  # which has cases of its own

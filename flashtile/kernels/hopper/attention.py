@@ -1,0 +1,367 @@
+"""The Hopper attention family: a persistent kernel with TMA, wgmma and specialised warps, behind the portable family's launcher.
+
+The kernel's roles are in loader.py and mainloop.py; what it is specialised on, and its barriers, in spec.py. Where the strides
+of a layer's tensors can be expressed neither by TMA nor by 16-byte copies, the portable family takes over.
+"""
+
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+
+from flashtile import config as configs
+from flashtile.config import num_sms
+from flashtile.kernels import attention as portable
+from flashtile.kernels.attention import launch_merge
+from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier
+from flashtile.kernels.hopper.loader import loader
+from flashtile.kernels.hopper.mainloop import consumer
+from flashtile.kernels.hopper.spec import (
+    RING,
+    ROWS,
+    WARP,
+    Spec,
+    loader_warps,
+    num_pieces,
+    panel,
+    piece,
+    registers,
+    rows_layout,
+)
+from flashtile.kernels.softmax import LOG2_E
+from flashtile.plan.plan import Plan, make_plan
+from flashtile.testing.compile import CompileCase
+
+BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def buffers(dtype: gl.constexpr, SLOTS: gl.constexpr, ROWS_EACH: gl.constexpr, DIM: gl.constexpr):
+    """Shared memory for SLOTS x ROWS_EACH rows of a head dim: one buffer per piece of it."""
+    out = ()
+    for p in gl.static_range(num_pieces(DIM)):
+        out = out + (gl.allocate_shared_memory(dtype, [SLOTS, ROWS_EACH, piece(DIM, p)], rows_layout(DIM)),)
+    return out
+
+
+@gluon.jit
+def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """SLOTS mbarriers of ARRIVALS arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "stride_on",
+        "stride_oh", "o_cols", "o_rows", "num_tiles", "num_heads", "num_groups", "page_size", "boxes", "window_left", "window_reach",
+    ]
+)  # fmt: skip
+def attention_kernel(
+    q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
+    items_ptr, kv_indices_ptr, counter_ptr,
+    q_token, q_cols, q_rows, k_page, k_token, k_head, v_page, v_token, v_head, stride_on, stride_oh, o_cols, o_rows,
+    num_tiles, num_heads, num_groups, page_size, boxes, window_left, window_reach, scale, cap_scale, C: gl.constexpr,
+):  # fmt: skip
+    """One persistent CTA; see spec.py for its roles and barriers, and loader.py for what the strides mean."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    q_bufs = buffers(dtype, C.q_slots * C.consumers, ROWS, C.d_qk)
+    k_bufs = buffers(dtype, C.stages, C.block_n, C.d_qk)
+    v_bufs = buffers(dtype, C.stages, C.block_n, C.d_vo)
+    o_bufs = ()
+    if C.o_tma:
+        o_bufs = buffers(dtype, C.consumers, ROWS, C.d_vo)
+    scratch = gl.to_tensor(0)
+    if C.gather:
+        scratch = gl.allocate_shared_memory(gl.int64, [C.block_n], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = gl.allocate_shared_memory(gl.int32, [RING, WARP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    KV_ARRIVALS: gl.constexpr = 128 if C.gather else 1
+    q_full = barriers(C.q_slots, 1)
+    q_empty = barriers(C.q_slots, C.consumers)
+    k_full = barriers(C.stages, KV_ARRIVALS)
+    v_full = barriers(C.stages, KV_ARRIVALS)
+    tile_full = barriers(RING, 1)
+    tail_full = barriers(1, 1)
+
+    smem = (q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch)
+    bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
+    q = (q_desc, q_ptr, q_token, q_cols, q_rows)
+    k = (k_desc, k_ptr, k_page, k_token, k_head)
+    v = (v_desc, v_ptr, v_page, v_token, v_head)
+    outputs = (
+        o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr, num_heads,
+        num_groups,
+    )  # fmt: skip
+    table = (kv_indices_ptr, page_size, boxes)
+    scales = (scale, cap_scale)
+    window = (window_left, window_reach)
+    if C.consumers == 1:
+        gl.warp_specialize(
+            [
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (loader, (smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C)),
+            ],
+            [loader_warps(C)],
+            [registers(C)[2]],
+        )
+    elif C.consumers == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, C)),
+                (loader, (smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C)),
+            ],
+            [4, loader_warps(C)],
+            [registers(C)[1], registers(C)[2]],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, C)),
+                (consumer, (2, smem, bars, outputs, scales, window, C)),
+                (loader, (smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C)),
+            ],
+            [4, 4, loader_warps(C)],
+            [registers(C)[1], registers(C)[1], registers(C)[2]],
+        )
+
+
+SHARED_BYTES = 232_448  # of an SM of compute capability 9.0, for one CTA
+SMALL_BYTES = 2_048  # barriers, the hand-over ring, and what Triton adds
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor [.., tokens, heads, dim] as a matrix whose rows are one token apart, for TMA.
+
+    Element (page, token, head, d) is at row page * pages + token + head * head_rows, column head * head_cols + d.
+    """
+
+    rows: int
+    cols: int
+    stride: int
+    pages: int
+    head_cols: int
+    head_rows: int
+
+    def descriptor(self, x: torch.Tensor, box: int) -> TensorDescriptor:
+        """A TMA descriptor of x for boxes of `box` rows."""
+        dim = x.shape[-1]
+        return TensorDescriptor(x, [self.rows, self.cols], [self.stride, 1], [box, panel(dim)], rows_layout(dim))
+
+
+def as_matrix(x: torch.Tensor) -> Matrix | None:
+    """[tokens, heads, dim] or [pages, page_size, heads, dim] as a matrix, or None if TMA cannot express its strides."""
+    tokens, heads, dim = x.shape[-3:]
+    page_step, step, head_step = x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2)
+    if heads == 1:
+        head_cols = head_rows = 0
+    elif head_step < step:
+        head_cols, head_rows = head_step, 0
+    else:
+        head_cols, head_rows = 0, head_step // step if step else 0
+    pages = page_step // step if step else 0
+    cols = (heads - 1) * head_cols + dim
+    rows = tokens + (heads - 1) * head_rows + ((x.shape[0] - 1) * pages if x.dim() == 4 else 0)
+    exact = pages * step == page_step and (heads == 1 or head_cols + head_rows * step == head_step)
+    if not exact or not copyable(x) or not 0 < cols <= step or not 0 < rows < 2**31:
+        return None
+    return Matrix(rows, cols, step, pages, head_cols, head_rows)
+
+
+def copyable(x: torch.Tensor) -> bool:
+    """Whether every row of x starts at a multiple of 16 bytes (8 elements)."""
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
+
+
+def box_rows(page_size: int, block_n: int) -> int:
+    """Rows of the TMA boxes that make up a KV block; 0 if its rows must be gathered."""
+    if page_size == 0 or page_size % block_n == 0:
+        return block_n
+    return page_size if page_size >= 8 and block_n % page_size == 0 else 0
+
+
+def is_aligned(plan: Plan) -> bool:
+    """Whether the diagonal of every tile starts at the first key of a KV block, and the tile's last block holds all of it."""
+    p, c, lengths = plan.problem, plan.config, plan.lengths
+    if p.window_right != 0 or c.pack != 1 or c.block_m != c.block_n or plan.num_merges:
+        return False
+    return not np.any((lengths.kv_len - np.diff(lengths.qo_indptr)) % c.block_n)
+
+
+class Setup:
+    """What a plan's launches share, whatever the tensors: the kernel variants it may need, and the grid."""
+
+    def __init__(self, plan: Plan) -> None:
+        p, c = plan.problem, plan.config
+        self.tiles = plan.num_items * (c.heads_per_item or plan.num_head_groups)
+        self.grid = (min(self.tiles, num_sms(plan.device)),)
+        self.box = box_rows(p.page_size, c.block_n)
+        self.variants: dict[tuple[bool, ...], Spec] = {}
+        self.plan = ref(plan)
+        self.portable: Plan | None = None
+        self.base = base_spec(plan, is_aligned(plan))
+
+    def spec(self, gather: bool, q_tma: bool, o_tma: bool, sinks: bool) -> Spec:
+        """The variant for tensors of these kinds."""
+        key = (gather, q_tma, o_tma, sinks)
+        if key not in self.variants:
+            self.variants[key] = fit(
+                replace(
+                    self.base, gather=gather, q_tma=q_tma, o_tma=o_tma, sinks=sinks,
+                    dynamic=self.base.dynamic and not gather,  # only a loader of one warp can draw numbers
+                    page_size=gathered_page_size(self.base.page_size) if gather else self.base.page_size,
+                )
+            )  # fmt: skip
+        return self.variants[key]
+
+
+    def portable_plan(self) -> Plan:
+        """The same batch for the portable family, not split: its tiles are others, and the workspace was sized for ours."""
+        if self.portable is None:
+            p = self.plan()
+            assert p is not None, "a Setup is used while its plan exists"
+            config = configs.portable(p.problem, p.work, configs.capability(p.device), num_sms(p.device))
+            self.portable = make_plan(p.problem, replace(config, split=False), p.lengths, p.kv_indices, p.device)
+        return self.portable
+
+
+def base_spec(plan: Plan, aligned: bool) -> Spec:
+    """The part of a kernel variant that follows from the plan alone."""
+    p, c = plan.problem, plan.config
+    return Spec(
+        d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages, q_slots=2,
+        group=p.group_size, pack=c.pack, heads_per_item=c.heads_per_item or plan.num_head_groups, page_size=p.page_size,
+        box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, dynamic=c.dynamic,
+    )  # fmt: skip
+
+
+def gathered_page_size(page_size: int) -> int:
+    """A power of two is worth a variant of its own (shifts, no divisions); other sizes share one."""
+    return page_size if page_size & (page_size - 1) == 0 else -1
+
+
+def shared_bytes(spec: Spec) -> int:
+    """Shared memory of a variant, in bytes, without the small things."""
+    q = spec.q_slots * spec.consumers * 64 * spec.d_qk
+    kv = spec.stages * spec.block_n * (spec.d_qk + spec.d_vo)
+    out = spec.consumers * 64 * spec.d_vo if spec.o_tma else 0
+    return 2 * (q + kv + out) + (8 * spec.block_n if spec.gather else 0)
+
+
+def fit(spec: Spec) -> Spec:
+    """Give up, as far as shared memory demands, the second slot for Q, then the buffer for O."""
+    for q_slots, o_tma in ((2, spec.o_tma), (1, spec.o_tma), (1, False)):
+        spec = replace(spec, q_slots=q_slots, o_tma=o_tma)
+        if shared_bytes(spec) <= SHARED_BYTES - SMALL_BYTES:
+            return spec
+    raise ValueError(f"no room in shared memory for {spec}; take a smaller block_n or fewer stages")
+
+
+_SETUPS: WeakKeyDictionary[Plan, Setup] = WeakKeyDictionary()
+_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def setup_of(plan: Plan) -> Setup:
+    """The plan's Setup, made at its first launch."""
+    found = _SETUPS.get(plan)
+    if found is None:
+        found = _SETUPS[plan] = Setup(plan)
+    return found
+
+
+def tile_counter(device: torch.device) -> torch.Tensor:
+    """A zero that CTAs draw tile numbers from; every launch leaves it 0. One per stream: launches of a stream do not overlap.
+
+    A captured graph may be replayed on any stream: it gets a counter of its own, cleared by a node of the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    found = _COUNTERS.get(key)
+    if found is None:
+        found = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return found
+
+
+def run(
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    workspace: torch.Tensor,
+    sm_scale: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Launch the Hopper family, with the arguments of the portable family's `run`."""
+    p, c = plan.problem, plan.config
+    if not plan.num_items:
+        return
+    setup = setup_of(plan)
+    if not sm_scale > 0 or not (copyable(k) and copyable(v) and copyable(q) and copyable(out)) or not k.shape[0]:
+        # the running maximum is of q.k itself, which needs a positive scale; copies move 16 bytes
+        portable.run(setup.portable_plan(), q, k, v, out, lse, workspace, sm_scale, sinks)
+        return
+    q_matrix, out_matrix = (as_matrix(q), as_matrix(out)) if c.pack == 1 else (None, None)
+    k_matrix, v_matrix = (as_matrix(k), as_matrix(v)) if setup.box else (None, None)
+    gather = k_matrix is None or v_matrix is None
+    spec = setup.spec(gather, q_matrix is not None, out_matrix is not None, sinks is not None)
+
+    q_desc = q_matrix.descriptor(q, 64) if q_matrix else None
+    o_desc = out_matrix.descriptor(out, 64) if out_matrix and spec.o_tma else None
+    if gather:
+        k_desc = v_desc = None
+        k_steps, v_steps = steps(k), steps(v)
+    else:
+        k_desc, v_desc = k_matrix.descriptor(k, spec.box), v_matrix.descriptor(v, spec.box)
+        k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows
+        v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows
+    q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, 0)
+    o_steps = (out_matrix.head_cols, out_matrix.head_rows) if out_matrix else (0, 0)
+    cap = p.logits_soft_cap
+    scale, cap_scale = (cap * LOG2_E, sm_scale / cap) if cap > 0 else (sm_scale * LOG2_E, 0.0)
+    partial, partial_lse = plan.partials(workspace)
+    counter = tile_counter(plan.device) if spec.dynamic else plan.items
+    attention_kernel[setup.grid](
+        q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
+        plan.items, plan.kv_indices, counter,
+        *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
+        setup.tiles, p.num_qo_heads, plan.num_head_groups, max(p.page_size, 1), c.block_n // spec.box if spec.box else 0,
+        p.window_left, p.window_right + 1, float(scale), float(cap_scale), C=spec,
+        num_warps=4, maxnreg=registers(spec)[0],
+    )  # fmt: skip
+    if plan.num_merges:
+        launch_merge(plan, out, lse, workspace, sinks)
+
+
+def steps(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of pages, tokens and heads, in units of 8 elements; 0 for the pages of ragged KV."""
+    page = x.stride(0) // 8 if x.dim() == 4 else 0
+    return page, x.stride(-3) // 8, x.stride(-2) // 8
+
+
+def signature(spec: Spec, dtype: str) -> dict[str, str]:
+    """Argument types of a launch, as Triton writes them."""
+
+    def desc(rows: int, dim: int) -> str:
+        return f"tensordesc<{dtype}[{rows}, {panel(dim)}],{rows_layout(dim)!r}>"
+
+    found = {name: f"*{dtype}" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")}
+    found |= {name: "*fp32" for name in ("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr")}
+    found |= {name: "*i32" for name in ("items_ptr", "kv_indices_ptr", "counter_ptr")}
+    found |= {name: "fp32" for name in ("scale", "cap_scale")}
+    found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
+    found["k_desc"] = desc(spec.box, spec.d_qk) if not spec.gather else "constexpr"
+    found["v_desc"] = desc(spec.box, spec.d_vo) if not spec.gather else "constexpr"
+    found["o_desc"] = desc(64, spec.d_vo) if spec.o_tma else "constexpr"
+    found["C"] = "constexpr"
+    for name in attention_kernel.arg_names:
+        found.setdefault(name, "i32")
+    return found

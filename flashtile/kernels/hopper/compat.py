@@ -1,0 +1,35 @@
+"""The one module that imports Gluon: the names the Hopper kernels use, whatever Triton calls them (3.6 to 3.9)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# The old names still exist in 3.9, but raise: look for the new ones first.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
+cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+cp_async_arrive = async_copy.mbarrier_arrive
+
+__all__ = [
+    "TensorDescriptor",
+    "cp_async",
+    "cp_async_arrive",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "tma_load",
+    "tma_store",
+    "tma_store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]

@@ -1,0 +1,109 @@
+"""The end of a tile: normalise O, add the sinks, and write out and lse, or a partial state."""
+
+from flashtile.kernels.hopper import tiles
+from flashtile.kernels.hopper.compat import fence_async_shared, gl, gluon, tma_store, tma_store_wait
+from flashtile.kernels.hopper.spec import ROWS, row_layout
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+NEG_INF = gl.constexpr(float("-inf"))
+
+
+@gluon.jit
+def finish(m, l, sink, C: gl.constexpr):
+    """(factor on O, lse) of rows with maximum m and one more logit sink (log2 units), and sum l; all [64].
+
+    A row that saw no key: 0 and -inf.
+    """
+    factor = gl.full_like(l, 1.0)
+    if C.sinks:
+        top = gl.maximum(m, sink)
+        factor = gl.exp2(m - top)
+        l = l * factor + gl.exp2(sink - top)
+        m = top
+    empty = l == 0.0
+    safe = gl.where(empty, 1.0, l)
+    return gl.where(empty, 0.0, factor / safe), gl.where(empty, NEG_INF, m + gl.log2(safe))
+
+
+@gluon.jit
+def rescale(acc, factor):
+    """O with each row multiplied by a factor [64]."""
+    out = ()
+    for p in gl.static_range(len(acc)):
+        ROW: gl.constexpr = gl.SliceLayout(1, acc[p].type.layout)
+        out = out + (acc[p] * gl.convert_layout(factor, ROW, assert_trivial=True)[:, None],)
+    return out
+
+
+@gluon.jit
+def store_rows(ptr, out, rows, valid):
+    """Store rows [64] (offsets in elements) of all pieces, where valid, in the dtype of ptr."""
+    first_col = 0
+    for p in gl.static_range(len(out)):
+        L: gl.constexpr = out[p].type.layout
+        ROW: gl.constexpr = gl.SliceLayout(1, L)
+        cols = first_col + gl.arange(0, out[p].shape[1], layout=gl.SliceLayout(0, L))
+        at = gl.convert_layout(rows, ROW, assert_trivial=True)[:, None] + cols[None, :]
+        keep = gl.convert_layout(valid, ROW, assert_trivial=True)[:, None]
+        gl.store(ptr + at, out[p].to(ptr.dtype.element_ty), mask=keep)
+        first_col += out[p].shape[1]
+
+
+@gluon.jit
+def copy_rows(desc, out, row, col, bufs, W: gl.constexpr):
+    """Store all 64 rows by TMA, through a buffer of the consumer's own."""
+    WIDTH: gl.constexpr = desc.block_type.shape[1]
+    tma_store_wait(0)  # the previous tile's copy, long done
+    for p in gl.static_range(len(out)):
+        bufs[p].index(W).store(out[p].to(bufs[p].dtype))
+    fence_async_shared()
+    for p in gl.static_range(len(out)):
+        for c in gl.static_range(out[p].shape[1] // WIDTH):
+            tma_store(desc, [row, col], bufs[p].index(W).slice(c * WIDTH, WIDTH, dim=1))
+            col += WIDTH
+
+
+@gluon.jit
+def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C: gl.constexpr):
+    """Write the rows of consumer W of tile number `count`.
+
+    acc: O, not normalised; m: row maxima in log2 units [64]; l: row sums, still spread over four threads each; head: the
+    tile's head group.
+    """
+    (desc, out_ptr, stride_on, stride_oh, head_cols, head_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
+     num_heads, num_groups) = outputs  # fmt: skip
+    q_begin = tiles.read(ring, count, tiles.Q_BEGIN)
+    qo_len = tiles.read(ring, count, tiles.QO_LEN)
+    row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
+    slot = gl.to_tensor(-1)
+    if C.split:
+        slot = tiles.read(ring, count, tiles.SLOT)
+
+    own = gl.arange(0, ROWS, layout=row_layout())
+    token = (row_begin + own) // C.pack
+    heads = head * C.pack + (row_begin + own) % C.pack
+    valid = token < qo_len
+    sink = m
+    if C.sinks:
+        sink = gl.load(sinks_ptr + heads) * LOG2_E
+        if C.split:
+            sink = gl.where(slot >= 0, NEG_INF, sink)  # the merge adds it, once
+    factor, lse = finish(m, gl.convert_layout(gl.sum(l, 1), row_layout(), assert_trivial=True), sink, C)
+    out = rescale(acc, factor)
+    final = valid
+    if C.split:
+        final = valid & (slot < 0)
+        if slot >= 0:
+            state = (slot.to(gl.int64) * num_groups + head) * (C.consumers * ROWS) + W * ROWS + own
+            gl.store(partial_lse_ptr + state, lse, mask=valid)
+            store_rows(partial_ptr, out, state * C.d_vo, valid)
+    rows = (q_begin + token).to(gl.int64)
+    gl.store(lse_ptr + rows * num_heads + heads, lse, mask=final)
+    at = (rows * stride_on + heads.to(gl.int64) * stride_oh) * 8
+    if C.o_tma:
+        if (row_begin + ROWS <= qo_len) & (slot < 0):
+            copy_rows(desc, out, q_begin + row_begin + head * head_rows, head * head_cols, o_bufs, W)
+        else:
+            store_rows(out_ptr, out, at, final)
+    else:
+        store_rows(out_ptr, out, at, final)

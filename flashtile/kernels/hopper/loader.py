@@ -1,0 +1,316 @@
+"""The loader: walks the tiles of its CTA and keeps shared memory filled with Q, K and V.
+
+K runs one block ahead of V, across tiles too: that is the order in which the consumers free the stages.
+
+Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as matrices
+[rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a head. The
+gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes).
+"""
+
+from flashtile.kernels.hopper import tiles
+from flashtile.kernels.hopper.barriers import named_wait
+from flashtile.kernels.hopper.compat import (
+    cp_async,
+    cp_async_arrive,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+)
+from flashtile.kernels.hopper.spec import K_EMPTY, ROWS, V_EMPTY, WARP, loader_warps, threads
+
+CHUNK = gl.constexpr(32)  # rows that the gathering loader copies at once: more would cost it registers
+
+
+@gluon.constexpr_function
+def copy_layout(columns, warps):
+    """Registers of rows of `columns` elements, 8 elements (16 bytes) per thread."""
+    across = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def token_layout(warps):
+    """Registers of one value per token, spread over all threads of a loader."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.jit
+def stage(bufs, i):
+    """Slot i of buffers that hold one piece of the head dim each."""
+    out = ()
+    for p in gl.static_range(len(bufs)):
+        out = out + (bufs[p].index(i),)
+    return out
+
+
+@gluon.jit
+def strips(buf, ROWS_EACH: gl.constexpr):
+    """Buffers [slots, rows, dim] as strips of ROWS_EACH rows of one panel, [.., ROWS_EACH, panel], in the order of memory.
+
+    Strip (slot, panel, i) is number (slot * panels + panel) * (rows / ROWS_EACH) + i.
+    """
+    WIDTH: gl.constexpr = buf.layout.swizzle_byte_width // 2
+    COUNT: gl.constexpr = buf.shape[0] * buf.shape[1] * buf.shape[2] // (ROWS_EACH * WIDTH)
+    return buf._reinterpret(buf.dtype, [COUNT, ROWS_EACH, WIDTH], buf.layout)
+
+
+@gluon.jit
+def copy_box(desc, bufs, slot, row, col, bar, i):
+    """Copy one box of rows, the whole head dim of them, to the i-th such part of a slot."""
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    for p in gl.static_range(len(bufs)):
+        view = strips(bufs[p], BOX)
+        PANELS: gl.constexpr = bufs[p].shape[2] // view.shape[2]
+        for c in gl.static_range(PANELS):
+            strip = (slot * PANELS + c) * (bufs[p].shape[1] // BOX) + i
+            tma_load(desc, [row, col], bar, view.index(strip))
+            col += view.shape[2]
+
+
+@gluon.jit
+def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.constexpr):
+    """TMA copies of KV block n: one box, or one per page."""
+    desc, ptr, page_rows, head_cols, head_rows = source
+    kv_indices_ptr, page_size, boxes = table
+    row = head * head_rows
+    col = head * head_cols
+    if C.page_size != 0:
+        for i in range(0, boxes):
+            page = tiles.field(pages, i)
+            copy_box(desc, bufs, slot, row + page * page_rows + n * C.block_n % C.page_size, col, bar, i)
+    else:
+        copy_box(desc, bufs, slot, row + base + n * C.block_n, col, bar, 0)
+
+
+@gluon.jit
+def gather_block(source, bufs, scratch, bar, base, head, n, kv_len, pages, table, C: gl.constexpr):
+    """16-byte copies of the rows of KV block n; rows past kv_len become 0. The threads' copies arrive at bar by themselves."""
+    desc, ptr, page_step, token_step, head_step = source
+    kv_indices_ptr, page_size, boxes = table
+    tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
+    if C.page_size != 0:
+        offsets = pages.to(gl.int64) * page_step + (tokens % page_size).to(gl.int64) * token_step
+    else:
+        offsets = (base + tokens).to(gl.int64) * token_step
+    scratch.store(offsets)  # every thread knows one row's offset, and needs those of the rows it copies
+    ptr += head.to(gl.int64) * head_step * 8
+    for r in gl.static_range(C.block_n // CHUNK):
+        first_col = 0
+        for p in gl.static_range(len(bufs)):
+            rows = scratch.slice(r * CHUNK, CHUNK)
+            gather_rows(ptr + first_col, rows, bufs[p].slice(r * CHUNK, CHUNK), kv_len - n * C.block_n - r * CHUNK, C)
+            first_col += bufs[p].shape[1]
+    cp_async_arrive(bar, increment_count=False)
+
+
+@gluon.jit
+def gather_rows(ptr, offsets, out, valid, C: gl.constexpr):
+    """Start to copy rows at offsets (shared memory, units of 8 elements) from ptr; rows from `valid` on become 0."""
+    L: gl.constexpr = copy_layout(out.shape[1], loader_warps(C))
+    ROW: gl.constexpr = gl.SliceLayout(1, L)
+    rows = (offsets.load(ROW) * 8)[:, None] + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, L))[None, :]
+    cp_async(out, ptr + rows, mask=(gl.arange(0, out.shape[0], layout=ROW) < valid)[:, None])
+
+
+@gluon.jit
+def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
+    """Start to read the page ids of KV block n, where there are any. Past the request's pages they are -1 (TMA), 0 (gather)."""
+    kv_indices_ptr, page_size, boxes = table
+    if C.page_size != 0 and C.gather:  # the page of each token
+        tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
+        entry = (base + tokens // page_size).to(gl.int64)
+        pages = gl.load(kv_indices_ptr + entry, mask=(tokens < kv_len) & valid, other=0)
+    elif C.page_size != 0:  # one page per lane
+        lane = gl.arange(0, WARP, layout=tiles.lane_layout(loader_warps(C)))
+        PAGES: gl.constexpr = max(C.block_n // C.page_size, 1)
+        entry = (base + n * C.block_n // C.page_size).to(gl.int64) + lane
+        inside = (lane < PAGES) & (n * C.block_n + lane * C.page_size < kv_len)
+        pages = gl.load(kv_indices_ptr + entry, mask=inside & valid, other=-1)
+    else:
+        pages = gl.to_tensor(0)
+    return pages
+
+
+@gluon.jit
+def wait_empty(base: gl.constexpr, it, C: gl.constexpr):
+    """Wait until the consumers have freed the stage of block `it`."""
+    if it >= C.stages:
+        named_wait(base + it % C.stages, threads(C))
+
+
+@gluon.jit
+def load_k(it, source, smem, bars, base, head, n, kv_len, pages, table, C: gl.constexpr):
+    """Fetch K of block n as block number `it` of this CTA."""
+    slot = it % C.stages
+    bar = bars[2].index(slot)
+    wait_empty(K_EMPTY, it, C)
+    if C.gather:
+        gather_block(source, stage(smem[1], slot), smem[5], bar, base, head, n, kv_len, pages, table, C)
+    else:
+        mbarrier.expect(bar, C.block_n * C.d_qk * 2)
+        copy_block(source, smem[1], slot, bar, base, head, n, pages, table, C)
+
+
+@gluon.jit
+def load_v(it, tails, source, smem, bars, base, head, n, kv_len, pages, table, C: gl.constexpr):
+    """Fetch V of block n as block number `it`; returns how many tails have been cleared so far."""
+    slot = it % C.stages
+    bar = bars[3].index(slot)
+    tail_full = bars[5].index(0)
+    wait_empty(V_EMPTY, it, C)
+    if C.gather:
+        gather_block(source, stage(smem[2], slot), smem[5], bar, base, head, n, kv_len, pages, table, C)
+    else:
+        valid = kv_len - n * C.block_n
+        if valid >= C.block_n:
+            mbarrier.expect(bar, C.block_n * C.d_vo * 2)
+            copy_block(source, smem[2], slot, bar, base, head, n, pages, table, C)
+        else:  # the block ends beyond its request
+            mbarrier.expect(tail_full, C.block_n * C.d_vo * 2)
+            copy_block(source, smem[2], slot, tail_full, base, head, n, pages, table, C)
+            mbarrier.wait(tail_full, tails & 1)
+            clear_tail(smem[2], slot, valid)
+            mbarrier.arrive(bar, count=1)
+            tails += 1
+    return tails
+
+
+@gluon.jit
+def clear_tail(bufs, slot, valid):
+    """Zero the rows of a V block from `valid` on: they may hold NaN, which P = 0 would not undo."""
+    for p in gl.static_range(len(bufs)):
+        view = strips(bufs[p], 8)
+        STRIPS: gl.constexpr = bufs[p].shape[1] // 8
+        PANELS: gl.constexpr = bufs[p].shape[2] // view.shape[2]
+        L: gl.constexpr = copy_layout(view.shape[2], 1)
+        rows = gl.arange(0, 8, layout=gl.SliceLayout(1, L))[:, None]
+        for i in range(gl.maximum(valid, 0) // 8, STRIPS):
+            for c in gl.static_range(PANELS):
+                strip = view.index((slot * PANELS + c) * STRIPS + i)
+                x = strip.load(L)
+                strip.store(gl.where(rows < valid - i * 8, x, gl.zeros_like(x)))
+    fence_async_shared()
+
+
+@gluon.jit
+def copy_packed_rows(ptr, token_step, head_step, bufs, slot, q_begin, qo_len, row_begin, head, C: gl.constexpr):
+    """Start to copy the packed query rows of a tile by 16-byte copies; rows past qo_len keep what was there."""
+    first_col = 0
+    for p in gl.static_range(len(bufs)):
+        view = strips(bufs[p], 8)
+        WIDTH: gl.constexpr = view.shape[2]
+        PANELS: gl.constexpr = bufs[p].shape[2] // WIDTH
+        L: gl.constexpr = copy_layout(WIDTH, 1)
+        cols = first_col + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
+        rows = gl.minimum(qo_len * C.pack - row_begin, C.consumers * ROWS)
+        for i in range(0, (rows + 7) // 8):  # rows of consumer w are 64 w .. 64 w + 63: strips 8 w .. 8 w + 7 of each panel
+            packed = row_begin + i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, L))
+            token = packed // C.pack
+            heads = head * C.pack + packed % C.pack
+            offsets = ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
+            for c in gl.static_range(PANELS):
+                strip = ((slot * C.consumers + i // 8) * PANELS + c) * 8 + i % 8
+                at = offsets[:, None] + (cols + c * WIDTH)[None, :]
+                cp_async(view.index(strip), ptr + at, mask=(token < qo_len)[:, None])
+        first_col += bufs[p].shape[2]
+
+
+@gluon.jit
+def load_q(count, item, source, smem, bars, C: gl.constexpr):
+    """Fetch the query rows of an entry, tile number `count`."""
+    q_begin = tiles.field(item, tiles.Q_BEGIN)
+    row_begin = tiles.field(item, tiles.ROW_BEGIN)
+    head = tiles.field(item, tiles.HEAD)
+    desc, ptr, token_step, head_cols, head_rows = source
+    CONSUMERS: gl.constexpr = C.consumers
+    slot = count % C.q_slots
+    bar = bars[0].index(slot)
+    mbarrier.wait(bars[1].index(slot), ((count // C.q_slots) & 1) ^ 1)
+    if C.q_tma:
+        mbarrier.expect(bar, C.consumers * ROWS * C.d_qk * 2)
+        for w in gl.static_range(CONSUMERS):
+            row = q_begin + row_begin + w * ROWS + head * head_rows
+            copy_box(desc, smem[0], slot * C.consumers + w, row, head * head_cols, bar, 0)
+    else:
+        qo_len = tiles.field(item, tiles.QO_LEN)
+        copy_packed_rows(ptr, token_step, head_cols, smem[0], slot, q_begin, qo_len, row_begin, head, C)
+        cp_async_arrive(bar, increment_count=True)
+        mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def loader(smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C: gl.constexpr):
+    """The loader's role; see the module's docstring."""
+    ring = smem[4]
+    tile_full = bars[4]
+    cta = gl.program_id(0)
+    ctas = gl.num_programs(0)
+
+    t = cta
+    item = tiles.with_head(tiles.fetch(items_ptr, t, num_tiles, C), t, num_tiles, C)
+    tiles.publish(ring, tile_full, 0, item)
+    count = gl.to_tensor(0)  # tiles handed over, less one
+    it = gl.to_tensor(0)  # blocks of K requested by this CTA, less one
+    tails = gl.to_tensor(0)
+
+    # K's block: of which request, head and position
+    head = tiles.field(item, tiles.HEAD)
+    base = tiles.field(item, tiles.KV_BASE)
+    kv_len = tiles.field(item, tiles.KV_LEN)
+    first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
+    kv_head = head * C.pack // C.group
+    pages = load_pages(table, base, n, kv_len, True, C)
+    load_q(0, item, q, smem, bars, C)
+    t = ctas + (cta if C.dynamic else ctas - 1 - cta)
+    item = tiles.fetch(items_ptr, t, num_tiles, C)
+    if C.dynamic:
+        drawn = tiles.take_number(counter_ptr)
+    load_k(0, k, smem, bars, base, kv_head, n, kv_len, pages, table, C)
+    pages_next = load_pages(table, base, n - 1, kv_len, n > first, C)
+
+    more = head >= 0
+    fresh = head >= 0  # V's block is the first one of its tile
+    while more:
+        v_base = base
+        v_head = kv_head
+        v_len = kv_len
+        v_n = n
+        v_pages = pages
+        v_fresh = fresh
+        if v_fresh:
+            item = tiles.with_head(item, t, num_tiles, C)
+            count += 1
+            tiles.publish(ring, tile_full, count, item)
+        q_item = item
+        fresh = n == first
+        if fresh:  # K goes on to the next tile
+            head = tiles.field(item, tiles.HEAD)
+            base = tiles.field(item, tiles.KV_BASE)
+            kv_len = tiles.field(item, tiles.KV_LEN)
+            first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
+            kv_head = head * C.pack // C.group
+            more = head >= 0
+            pages = load_pages(table, base, n, kv_len, more, C)
+            if C.dynamic:
+                number = tiles.everyone(drawn)
+                t = number + 2 * ctas
+                if number == num_tiles - 1:  # one number is drawn per tile: this was the launch's last one
+                    gl.store(counter_ptr, 0)
+                if more:
+                    drawn = tiles.take_number(counter_ptr)
+            else:  # there and back again, so that no CTA always gets the longer tile of a round
+                t = (t // ctas + 1) * ctas + (ctas - 1 - t % ctas)
+            item = tiles.fetch(items_ptr, t, num_tiles, C)
+        else:
+            n -= 1
+            pages = pages_next
+        if more:
+            load_k(it + 1, k, smem, bars, base, kv_head, n, kv_len, pages, table, C)
+        pages_next = load_pages(table, base, n - 1, kv_len, more & (n > first), C)
+        tails = load_v(it, tails, v, smem, bars, v_base, v_head, v_n, v_len, v_pages, table, C)
+        it += 1
+        # The next tile's Q: early if it has a slot of its own, else when the last S of this tile has freed the only one
+        if (v_fresh if C.q_slots == 2 else fresh) & (tiles.field(q_item, tiles.HEAD) >= 0):
+            load_q(count, q_item, q, smem, bars, C)

@@ -1,0 +1,153 @@
+"""What a Hopper kernel is specialised on, and everything that follows from it at compile time: tiles, layouts, barriers.
+
+Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
+  consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
+  loader                 1 warp that issues TMA copies, or 4 warps that gather 16 bytes per thread
+Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
+
+Barriers (mbarriers unless said otherwise):
+  q_full[slot]             loader (bytes landed)             -> consumers
+  q_empty[slot]            one arrival per consumer           -> loader, after the last S of the tile
+  k_full, v_full[stage]    loader (bytes landed)             -> consumers
+  tail_full                TMA bytes of a V block that ends beyond its request, landed -> loader, which clears its tail
+  tile_full[4]             loader published the next tile     -> consumers
+  K_EMPTY, V_EMPTY + stage named barriers: all consumer threads arrive, the loader's threads wait
+  TURN + w                 named barriers (ping-pong): consumer w waits before it issues its products, consumer w - 1
+                           arrives after issuing its own. So the tensor cores see S0 PV0 S1 PV1 ..., and the softmax of one
+                           consumer runs under the products of the other.
+"""
+
+from dataclasses import dataclass
+
+from flashtile.kernels.hopper.compat import gl, gluon
+
+ROWS = gl.constexpr(64)  # query rows of a consumer: one wgmma
+RING = gl.constexpr(4)  # tiles in the hand-over ring
+WARP = gl.constexpr(32)
+# Named barriers 0..4 belong to Triton's partitions, 16 and up do not exist
+TURN = gl.constexpr(5)
+K_EMPTY = gl.constexpr(8)
+V_EMPTY = gl.constexpr(12)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel variant. Every field is a compile-time constant; see the functions below for what follows from them.
+
+    page_size: tokens of a page; 0: KV is ragged; -1: paged, but the size is a run-time argument.
+    gather: rows of K and V are copied one by one; else by TMA, in boxes of `box` rows.
+    q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
+    left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's position.
+    """
+
+    d_qk: int
+    d_vo: int
+    block_n: int
+    consumers: int
+    stages: int
+    q_slots: int
+    group: int
+    pack: int
+    heads_per_item: int
+    page_size: int = 0
+    gather: bool = False
+    box: int = 128
+    q_tma: bool = True
+    o_tma: bool = True
+    left: bool = False
+    right: bool = False
+    aligned: bool = False
+    soft_cap: bool = False
+    sinks: bool = False
+    split: bool = False
+    dynamic: bool = False
+
+
+# What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
+@gluon.constexpr_function
+def loader_warps(spec):
+    """Warps of the loader."""
+    return 4 if spec.gather else 1
+
+
+@gluon.constexpr_function
+def threads(spec):
+    """Threads that meet at an EMPTY barrier: those of all consumers and of the loader."""
+    return 128 * spec.consumers + (128 if spec.gather else 32)
+
+
+@gluon.constexpr_function
+def masked_loop(spec):
+    """Whether blocks after the first one of a tile may hold keys that some row must not see."""
+    return spec.left or (spec.right and not spec.aligned)
+
+
+@gluon.constexpr_function
+def half_first(spec):
+    """Whether consumer 0 sees only the left half of a tile's first block: the diagonal ends there."""
+    return spec.aligned and spec.consumers == 2 and spec.block_n == 128
+
+
+@gluon.constexpr_function
+def release_late(spec):
+    """Whether a K stage is released together with V's (fewer barriers) rather than right after S (earlier loads)."""
+    return spec.right  # 1..3 % better causal, 1 % worse not causal (H100, bf16, head_dim 128)
+
+
+@gluon.constexpr_function
+def registers(spec):
+    """Registers per thread: of the launch, of a consumer, of the loader. Warp groups share the launch's out anew."""
+    if spec.consumers == 1:
+        return 144, 232, 56
+    if spec.consumers == 3:
+        return 128, 160, 32
+    return (168, 224, 56) if spec.gather else (168, 232, 40)  # 240 and 24 spill in the loader of unaligned causal tiles
+
+
+@gluon.constexpr_function
+def pieces(dim):
+    """Powers of two that add up to a head dim, largest first."""
+    low = dim & -dim
+    return (dim,) if low == dim else (dim - low, low)
+
+
+@gluon.constexpr_function
+def panel(dim):
+    """Columns of a TMA box: one swizzled row of shared memory, 128 bytes where the head dim allows."""
+    return 64 if dim % 64 == 0 else 32
+
+
+@gluon.constexpr_function
+def num_pieces(dim):
+    """Of how many pieces a head dim is made."""
+    return len(pieces(dim))
+
+
+@gluon.constexpr_function
+def piece(dim, i):
+    """Columns of piece i of a head dim."""
+    return pieces(dim)[i]
+
+
+@gluon.constexpr_function
+def rows_layout(dim):
+    """Shared-memory layout of rows of 16-bit elements: what TMA writes and wgmma reads."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * panel(dim), element_bitwidth=16, rank=2)
+
+
+@gluon.constexpr_function
+def mma_layout(columns):
+    """Registers of a [64, columns] fp32 accumulator of one consumer."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def row_layout(columns=64):
+    """Registers of one value per row of such an accumulator; the same for all widths."""
+    return gl.SliceLayout(1, mma_layout(columns))
+
+
+@gluon.constexpr_function
+def p_layout():
+    """Registers of P as the left operand of P V."""
+    return gl.DotOperandLayout(operand_index=0, parent=mma_layout(64), k_width=2)
