@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks import attention, elem, report, sample
+from benchmarks import attention, elem, gemm, report, sample
 from benchmarks.report import Row
 from benchmarks.workload import NotAvailable, Overrides, Workload
 from flashtile.config import Config
@@ -33,8 +33,9 @@ MAKERS: dict[str, Maker] = {
     "decode": attention.decode,
     "elem": elem.elementwise,
     "sample": sample.sampling,
+    "gemm": gemm.gemm,
 }
-NOT_BUILT = {"mla": "flashtile.mla.BatchMLAPagedAttentionWrapper", "gemm": "flashtile.SegmentGEMMWrapper"}
+NOT_BUILT = {"mla": "flashtile.mla.BatchMLAPagedAttentionWrapper"}
 AREAS = (*MAKERS, *NOT_BUILT)
 GROUPS = {"attention": ("prefill", "paged", "append", "decode")}
 CPU_BYTES = 2**26  # the largest case that is sensible on a CPU: 64 MB of inputs and outputs

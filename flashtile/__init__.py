@@ -7,6 +7,7 @@ needs neither a GPU nor Triton: kernels are imported on their first use.
 from flashtile.activation import silu_and_mul
 from flashtile.cascade import merge_state, merge_state_in_place, merge_states
 from flashtile.decode import BatchDecodeWithPagedKVCacheWrapper, single_decode_with_kv_cache
+from flashtile.gemm import SegmentGEMMWrapper, bmm_fp8
 from flashtile.norm import fused_add_rmsnorm, rmsnorm
 from flashtile.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from flashtile.prefill import (
@@ -29,11 +30,13 @@ __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
+    "SegmentGEMMWrapper",
     "append_paged_kv_cache",
     "apply_rope_pos_ids",
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "bmm_fp8",
     "fused_add_rmsnorm",
     "get_batch_indices_positions",
     "get_seq_lens",

@@ -18,7 +18,8 @@ class Config:
     block_m: packed query rows of a tile (tokens x pack); block_n: KV tokens of a step; pack: query heads packed into rows.
     ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
-    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
+    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90). ways: 1, or
+    num_warps: each warp attends to its own keys of a step (needs a block_m of 16).
     section_tiles: see Tiling. dynamic: CTAs of a persistent grid draw tiles one by one, instead of by turns.
     """
 
@@ -36,6 +37,7 @@ class Config:
     split: bool = True
     one_loop: bool = False
     overlap: bool = False
+    ways: int = 1
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     section_tiles: int = 0
     dynamic: bool = False
@@ -77,7 +79,7 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
         backend: "auto"; "fa2": the portable family; "fa3": the Hopper family. On the CPU all three mean the CPU family.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend. NotImplementedError: "fa3", and the Hopper family cannot serve the problem.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -85,7 +87,49 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
         # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
+    if backend == "fa3":
+        refusal = hopper_refusal(problem, capability(device))
+        if refusal:
+            raise NotImplementedError(
+                f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'"
+            )
+        return hopper(problem, work)
     return portable(problem, work, capability(device), num_sms(device))
+
+
+HOPPER_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}  # (head_dim_qk, head_dim_vo)
+
+
+def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:
+    """Why the Hopper family cannot serve a problem, or None if it can."""
+    if sm != (9, 0):
+        return f"it needs compute capability 9.0, this GPU has {sm[0]}.{sm[1]}"
+    if p.q_dtype not in (torch.float16, torch.bfloat16) or p.o_dtype != p.q_dtype or p.quantised:
+        return (
+            f"it takes q, cache and out all in float16 or all in bfloat16, got {p.q_dtype}, {p.kv_dtype}, {p.o_dtype}"
+        )
+    if (p.head_dim_qk, p.head_dim_vo) not in HOPPER_DIMS:
+        dims = ", ".join(f"{qk}/{vo}" for qk, vo in sorted(HOPPER_DIMS))
+        return f"head_dim_qk/head_dim_vo {p.head_dim_qk}/{p.head_dim_vo}: it has {dims}"
+    return None
+
+
+def hopper(p: Problem, w: Workload) -> Config:
+    """The Hopper family's rows: the first that fits wins."""
+    group, rows = p.group_size, w.max_qo_len * p.group_size
+    block_n, stages = {(64, 64): (128, 4), (96, 96): (128, 3), (256, 256): (64, 2)}.get(
+        (p.head_dim_qk, p.head_dim_vo), (128, 2)
+    )
+    pack = group if group > 1 and w.max_qo_len <= 64 else 1
+    if rows <= 64:  # one consumer: bound by memory
+        return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0)
+    # sections of two KV heads keep K and V in L2; longest tiles first, drawn one by one, where lengths differ
+    heads_per_item = (2 if p.num_kv_heads % 2 == 0 else 1) * (group // pack)
+    dynamic = w.max_kv_len > 1024 and (p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len)
+    return Config(
+        "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=heads_per_item,
+        section_tiles=1024 if dynamic else 1, dynamic=dynamic, split_cost=4.0,
+    )  # fmt: skip
 
 
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
@@ -148,34 +192,89 @@ class GemmConfig:
         return min(blocks, rows) * -(-d_out // self.block_n)
 
 
-def choose_gemm(
-    segments: int, rows: int, d_in: int, d_out: int, itemsize: int, sm: tuple[int, int], sms: int, hopper: bool = False
-) -> GemmConfig:
-    """The configuration of a grouped product: the first row that fits wins.
+@dataclass(frozen=True)
+class Product:
+    """A grouped matrix product as far as the host knows it: `segments` products of [rows, d_in] and [d_in, d_out], with
+    rows of one on average; itemsize: bytes of an element of x."""
+
+    segments: int
+    rows: int
+    d_in: int
+    d_out: int
+    itemsize: int
+
+    @property
+    def step(self) -> int:
+        """Elements in 128 bytes: one swizzled row of shared memory."""
+        return 128 // self.itemsize
+
+    def tiles(self, block_m: int, block_n: int) -> int:
+        """Tiles of the output."""
+        return self.segments * -(-self.rows // block_m) * -(-self.d_out // block_n)
+
+
+def choose_gemm(p: Product, sm: tuple[int, int], sms: int, hopper: bool = False) -> GemmConfig:
+    """The configuration of a grouped product. Figures are of bf16 on an H100 (132 SMs); "enough" tiles fill 3/4 of it.
 
     Args:
-        segments, rows: products, and rows of one on average; what the device alone knows does not count.
-        itemsize: bytes of an element of x.
         sm: compute capability; (0, 0) for the interpreter. sms: streaming multiprocessors to fill.
         hopper: whether the Hopper kernel can take the tensors.
     """
-    if itemsize == 4:  # products in fp64: larger tiles spill
+    if p.itemsize == 4:  # products in fp64: larger tiles spill
         return GemmConfig("portable", 32, 32, 32, num_stages=2, ctas_per_sm=2)
-
-    def tiles(block_m: int, block_n: int) -> int:
-        return segments * -(-rows // block_m) * -(-d_out // block_n)
-
-    step = 128 // itemsize  # columns of x in 128 bytes, one swizzled row of shared memory
-    if d_out <= 64:  # LoRA's way down: x is all the traffic, each row block is read once
-        block_n = max(16, 1 << (d_out - 1).bit_length())
-        block_m = next((m for m in (64, 32) if tiles(m, block_n) >= sms), 16)
-        return GemmConfig("portable", block_m, block_n, 2 * step, num_stages=4, ctas_per_sm=2)
-    if rows <= 64:  # few rows: the weights are all the traffic, each column block is read once
-        block_m = next(m for m in (16, 32, 64) if rows <= m)
-        block_n = next((n for n in (128, 64) if tiles(block_m, n) >= sms), 32)
-        return GemmConfig("portable", block_m, block_n, 2 * step, num_stages=3, ctas_per_sm=2)
+    if p.d_out <= 64:
+        return _gemm_narrow(p, 3 * sms // 4, hopper)
+    if p.rows <= 64:
+        return _gemm_few_rows(p, sms, hopper)
     if hopper:
-        return GemmConfig("hopper", 128, 256, step, num_stages=4, group_m=16)
-    if sm >= (9, 0):
-        return GemmConfig("portable", 128, 128, step, num_warps=8, num_stages=4)
-    return GemmConfig("portable", 128, 128, step // 2, num_warps=8, num_stages=4)
+        return _gemm_hopper(p, 3 * sms // 4)
+    return GemmConfig("portable", 128, 128, p.step if sm >= (9, 0) else p.step // 2, num_warps=8, num_stages=4)
+
+
+def _gemm_narrow(p: Product, enough: int, hopper: bool) -> GemmConfig:
+    """Few columns, as on LoRA's way down: x is all the traffic, and each row block of it should be read once."""
+    wide = 1 << max(4, (p.d_out - 1).bit_length())
+    if (
+        hopper and wide == 64 and p.tiles(64, 64) >= enough
+    ):  # 102 us for 8 x 4096 rows, where the portable kernel takes 107
+        return GemmConfig("hopper", 64, 64, p.step, num_stages=10)
+    if p.tiles(64, wide) >= enough:
+        return GemmConfig("portable", 64, wide, 2 * p.step, num_stages=4, ctas_per_sm=2)
+    if p.tiles(32, wide) >= enough:
+        return GemmConfig("portable", 32, wide, (4 if wide < 64 else 2) * p.step, num_stages=5)
+    if wide == 64 and p.tiles(16, 64) >= enough:  # 16.0 us for 8 x 256 rows; half the columns, 23.6
+        return GemmConfig("portable", 16, 64, 2 * p.step, num_stages=5)
+    if wide >= 32 and p.tiles(16, 32) >= enough:  # 21.2 us for 64 x 16 rows; all columns, 22.3
+        return GemmConfig("portable", 16, 32, 4 * p.step, num_stages=4)
+    # few tiles: as many bytes in flight as fit; 12.7 us for 8 x 16 rows, 15.6 with a quarter of the depth
+    return GemmConfig("portable", 16, 16, 8 * p.step, num_stages=4)
+
+
+def _gemm_few_rows(p: Product, sms: int, hopper: bool) -> GemmConfig:
+    """Few rows: the weights, or the stores, are all the traffic; each column block is read once."""
+    block_m = next(m for m in (16, 32, 64) if p.rows <= m)
+    if p.d_in <= p.step and (
+        block_m < 64 or not hopper
+    ):  # one step: 22.5 us for 64 x 16 rows, 25.9 by the Hopper kernel
+        block_k = max(32, p.step // 2) if p.d_in <= 32 else p.step
+        return GemmConfig("portable", block_m, 128, block_k, num_stages=1, ctas_per_sm=4)
+    if hopper and p.d_in <= 4 * p.step:
+        return GemmConfig("hopper", 64, 256, p.step, num_stages=4)
+    for block_n in (128, 64):
+        if p.tiles(block_m, block_n) >= sms:
+            return GemmConfig("portable", block_m, block_n, 2 * p.step, num_stages=3, ctas_per_sm=2)
+    if block_m == 16:  # few tiles: more bytes in flight in each; 17.3 us for 1 x 16 rows, 21.3 with half the depth
+        return GemmConfig("portable", 16, 32, 4 * p.step, num_stages=5)
+    return GemmConfig("portable", block_m, 32, 2 * p.step, num_stages=4)
+
+
+def _gemm_hopper(p: Product, enough: int) -> GemmConfig:
+    """Many rows and columns on Hopper."""
+    if p.d_in <= p.step:  # LoRA's way up: bound by the stores
+        return GemmConfig("hopper", 128, 128, p.step, num_stages=6, group_m=1)
+    if p.rows <= 128 and p.tiles(64, 256) >= enough:  # bound by the weights: 104 us for 8 x 128 rows; 128 x 256, 108
+        return GemmConfig("hopper", 64, 256, p.step, num_stages=5, group_m=16)
+    for block_m, block_n, stages in ((128, 256, 4), (128, 128, 6), (64, 128, 8)):
+        if p.tiles(block_m, block_n) >= enough:
+            return GemmConfig("hopper", block_m, block_n, p.step, num_stages=stages, group_m=16)
+    return GemmConfig("hopper", 64, 64, p.step, num_stages=10, group_m=16)

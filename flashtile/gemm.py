@@ -13,13 +13,13 @@ BACKENDS = ("auto", "sm80", "sm90")
 # The vendor libraries between which FlashInfer's bmm_fp8 chooses: here all of them name the same kernel.
 FP8_BACKENDS = ("auto", "cublas", "cudnn", "cutlass")
 
-# out [batches, rows, d_out] = alpha x [batches, rows, d_in] weights [num_weights, d_in, d_out] + beta out. With seg_indptr
-# [segments + 1], rows of the only batch entry are segments with the weights weight_indices [segments], by default one each;
-# without it, every batch entry has its weight. num_sms: how many SMs may be used, 0: all.
+# out [batches, rows, d_out] = alpha x [batches, rows, d_in] weights [num_weights, d_in, d_out] + beta out. With
+# seg_indptr [segments + 1], rows of the only batch entry are segments with the weights weight_indices [segments], by
+# default one each; without it, every batch entry has its weight. num_sms: how many SMs may be used, 0: all.
 _grouped_gemm = library.launcher(
     "gemm",
-    "grouped_gemm(Tensor(a!) out, Tensor x, Tensor weights, Tensor? seg_indptr, Tensor? weight_indices, Tensor? x_scale,"
-    " Tensor? weight_scale, float alpha, float beta, int num_sms, str backend) -> ()",
+    "grouped_gemm(Tensor(a!) out, Tensor x, Tensor weights, Tensor? seg_indptr, Tensor? weight_indices,"
+    " Tensor? x_scale, Tensor? weight_scale, float alpha, float beta, int num_sms, str backend) -> ()",
 )
 
 
@@ -40,8 +40,8 @@ class SegmentGEMMWrapper:
 
     Args:
         float_workspace_buffer: any tensor; it tells the device. The products need no scratch memory.
-        backend: "auto"; "sm80": the portable family; "sm90": the Hopper family where shapes and strides allow, and a GPU
-            of compute capability 9.x. On the CPU all three mean the CPU family.
+        backend: "auto"; "sm80": the portable family; "sm90": the Hopper family where it pays and strides allow, on a
+            GPU of compute capability 9.x. On the CPU all three mean the CPU family.
 
     Raises:
         ValueError: an unknown backend, or "sm90" on another GPU.
@@ -55,7 +55,8 @@ class SegmentGEMMWrapper:
             found = determine_gemm_backend(self.device)
             if backend == "sm90" and found != "sm90":
                 raise ValueError(
-                    f"backend: sm90 needs compute capability 9.x, {self.device} has {capability(self.device)}; use 'auto'"
+                    f"backend: sm90 needs compute capability 9.x, {self.device} has {capability(self.device)}; "
+                    "use 'auto'"
                 )
             backend = found if backend == "auto" else backend
         self._backend = backend
@@ -87,8 +88,8 @@ class SegmentGEMMWrapper:
                 but the last dimension may be strided.
             batch_size: number of segments.
             out: where to write, [num_tokens, d_out], dtype of x. Default: a new tensor.
-            seg_lens: [batch_size] int32 or int64, rows of each segment, the first of which starts at row 0. A segment may
-                be empty.
+            seg_lens: [batch_size] int32 or int64, rows of each segment, the first of which starts at row 0. A segment
+                may be empty.
             seg_indptr: [batch_size + 1] int32 or int64, offsets of the segments in rows of x; counts if both are given.
             weight_indices: [batch_size] int32 or int64, the weight of each segment. Default: segment i has weights[i].
 
@@ -181,7 +182,7 @@ def product(
     out_dtype: torch.dtype | None,
     num_sms: int | None,
 ) -> Tensor:
-    """alpha a b + beta c into c, on at most num_sms SMs: what the functions of triton/sm_constraint_gemm.py have in common.
+    """alpha a b + beta c into c, on at most num_sms SMs: what triton/sm_constraint_gemm.py's functions have in common.
 
     a [m, k]; b [k, n], rows or columns contiguous.
 

@@ -124,7 +124,7 @@ def rope_quantize_fp8_append_paged_kv_cache(
     q_nope_out: Tensor | None = None,
     enable_pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`rope_quantize_fp8`, with keys and values written to their slots of a paged fp8 cache; nothing else changes there.
+    """`rope_quantize_fp8`, but keys and values are written to their slots of a paged fp8 cache, and nothing else there.
 
     Args:
         v: [nnz, num_kv_heads, head_dim_vo], multiplied by quant_scale_kv as the keys. None for MLA.

@@ -52,7 +52,10 @@ BAD_PLANS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"pos_encoding_mode": "ALIBI"}, NotImplementedError, "pos_encoding_mode"),
     ({"rope_theta": 1e4}, NotImplementedError, "rope_theta"),
     ({"fixed_split_size": 64}, NotImplementedError, "fixed_split_size"),
-    ({"kv_data_type": "int8"}, NotImplementedError, "kv_data_type"),
+    ({"kv_data_type": "int16"}, ValueError, "kv_data_type: expected the dtype of q"),
+    ({"kv_data_type": "float16"}, ValueError, "kv_data_type: expected the dtype of q, torch.float32"),
+    ({"kv_data_type": ("int8", 8)}, TypeError, "kv_data_type"),
+    ({"kv_data_type": ("int8",)}, TypeError, "a tuple of K's and V's"),
 ]
 
 

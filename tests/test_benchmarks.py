@@ -154,14 +154,19 @@ def test_wrong_arguments_are_refused(argument: str, capsys: pytest.CaptureFixtur
 def test_a_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One small case of each kind; what is not built is listed, and a baseline ten times faster fails the run."""
     out = tmp_path / "rows.jsonl"
-    small = r"rmsnorm.t1$|decode/b1.kv1024.h32/8.bf16.page16|gemm/grouped.g8.m16.k4096.n16$|s16384.h32/32.full"
+    small = r"rmsnorm.t1$|decode/b1.kv1024.h32/8.bf16.page16|grouped.g8.m16.k4096.n16$|mla/b1.kv1024.h16.page1$|"
+    small += r"s16384.h32/32.full"
     arguments = ["--device", "cpu", "--budget-ms", "1", "--filter", small]
     assert main([*arguments, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "1 of gemm: flashtile.SegmentGEMMWrapper is not built yet" in printed
+    assert "1 of mla: flashtile.mla.BatchMLAPagedAttentionWrapper is not built yet" in printed
     assert "1 of prefill: needs 0.54 GB" in printed
     rows = report.read_rows(out)
-    assert {row.case for row in rows} >= {"elem/rmsnorm.t1", "decode/b1.kv1024.h32/8.bf16.page16"}
+    assert {row.case for row in rows} >= {
+        "elem/rmsnorm.t1",
+        "decode/b1.kv1024.h32/8.bf16.page16",
+        "gemm/grouped.g8.m16.k4096.n16",
+    }
     assert all(row.us > 0 and row.torch == torch.__version__ for row in rows)
 
     baseline = tmp_path / "baseline.jsonl"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashtile import gemm
-from flashtile.config import choose_gemm
+from flashtile.config import Product, choose_gemm
 from flashtile.testing import cases_gemm as cases
 from flashtile.triton import sm_constraint_gemm
 
@@ -60,19 +60,21 @@ def test_compiles_as_one_graph() -> None:
     assert torch.equal(compiled(*arguments), layer(*arguments))
 
 
-def test_every_shape_has_a_configuration() -> None:
-    """Tiles of the tensor cores' sizes, few enough for every tile's row blocks to be counted on the host."""
-    for sm in ((0, 0), (8, 0), (8, 9), (9, 0), (10, 0)):
+@pytest.mark.parametrize("sm", [(0, 0), (8, 0), (8, 9), (9, 0), (10, 0)])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_every_shape_has_a_configuration(sm: tuple[int, int], itemsize: int) -> None:
+    """Tiles of the tensor cores' sizes, all of which the launch's bound counts; buffers that fit in shared memory."""
+    for hopper in {False, sm == (9, 0) and itemsize < 4}:
         for rows in (0, 1, 16, 17, 64, 65, 256, 4096):
-            for d_in, d_out in ((16, 4096), (4096, 16), (4096, 1), (4096, 4096), (0, 7)):
-                for itemsize in (1, 2, 4):
-                    config = choose_gemm(8, rows, d_in, d_out, itemsize, sm, 132)
-                    assert config.block_m >= 16
-                    assert config.block_n >= 16
-                    assert config.block_k * itemsize >= 32
-                    assert config.max_tiles(8, 8 * rows, d_out) >= 8 * -(-rows // config.block_m) * -(
-                        -d_out // config.block_n
-                    )
+            for d_in, d_out in ((16, 4096), (64, 96), (4096, 16), (4096, 1), (4096, 4096), (0, 7)):
+                p = Product(8, rows, d_in, d_out, itemsize)
+                config = choose_gemm(p, sm, 132, hopper)
+                assert hopper or config.family == "portable"
+                assert min(config.block_m, config.block_n, config.block_k * itemsize) >= 16
+                assert config.max_tiles(8, 8 * rows, d_out) >= p.tiles(config.block_m, config.block_n)
+                buffers = config.num_stages if sm[0] == 9 else max(config.num_stages - 1, 1)
+                kilobytes = buffers * (config.block_m + config.block_n) * config.block_k * itemsize // 1024
+                assert kilobytes <= (227 if sm[0] == 9 else 99)  # 99: of sm_86 and sm_89
 
 
 def run(**change: Any) -> torch.Tensor:
@@ -96,7 +98,10 @@ def run(**change: Any) -> torch.Tensor:
         ({"weight_column_major": False}, r"weights: expected shape \[num_weights, 8, d_out\], got \[2, 4, 8\]"),
         ({"weights": torch.ones(2, 4, 8).half()}, "weights: expected the dtype of x"),
         ({"weights": torch.ones(2, 8, 4).transpose(1, 2)}, "weights: the last dimension must be contiguous"),
-        ({"weights": torch.ones(1, 4, 8)}, "weights: expected one for each of the 2 segments, got 1; give weight_indices"),
+        (
+            {"weights": torch.ones(1, 4, 8)},
+            "weights: expected one for each of the 2 segments, got 1; give weight_indices",
+        ),
         ({"batch_size": 3}, r"seg_indptr: expected shape \[4\], got \[3\]"),
         ({"seg_indptr": None}, "seg_lens: expected seg_lens or seg_indptr, got neither"),
         ({"seg_indptr": torch.tensor([0, 3, 2])}, "seg_indptr: offsets must not decrease, got 3 then 2 at offset 1"),

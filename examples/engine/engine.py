@@ -114,15 +114,18 @@ class Engine:
             attention.plan(
                 qo_indptr, kv_indptr, kv_indices, last_page_len, *heads, causal=True, q_data_type=model.dtype
             )
-        to_device = {"device": model.device, "non_blocking": True}
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(model.device, non_blocking=True)
+
         return Batch(
-            tokens=tokens.to(**to_device),
-            positions=positions.to(**to_device),
-            batch_indices=batch_indices.to(**to_device),
-            kv_indptr=kv_indptr.to(**to_device),
-            kv_indices=kv_indices.to(**to_device),
-            last_page_len=last_page_len.to(**to_device),
-            logit_rows=(qo_indptr[1:] - 1)[torch.tensor(speaks)].to(**to_device),
+            tokens=move(tokens),
+            positions=move(positions),
+            batch_indices=move(batch_indices),
+            kv_indptr=move(kv_indptr),
+            kv_indices=move(kv_indices),
+            last_page_len=move(last_page_len),
+            logit_rows=move((qo_indptr[1:] - 1)[torch.tensor(speaks)]),
             attention=attention,
         )
 
@@ -156,11 +159,13 @@ def choose(logits: Tensor, requests: list[Request]) -> Tensor:
             return torch.tensor(values, device=logits.device)
 
         probs = flashtile.sampling.softmax(logits[rows], column([s.temperature for s in sampled]))
-        tokens[rows] = flashtile.top_k_top_p_sampling_from_probs(
+        ids = flashtile.top_k_top_p_sampling_from_probs(
             probs,
             top_k=column([s.top_k or logits.shape[-1] for s in sampled]),
             top_p=column([s.top_p for s in sampled]),
             seed=column([s.seed for s in sampled]),
             offset=column([len(requests[i].output) for i in rows]),
-        ).long()
+        )
+        assert isinstance(ids, Tensor)  # a pair only with return_valid
+        tokens[rows] = ids.long()
     return tokens

@@ -26,26 +26,45 @@ MERGE = tl.constexpr(MERGE_STRIDE)
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b in fp32. fp32 operands are multiplied in fp64: sums of TF32 products, or of 512 fp32 ones in a row, err more
-    than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that serve models."""
+def dot(a, b, acc, PARTS_OF: tl.constexpr):
+    """acc + a @ b in fp32; b is one of PARTS_OF parts. fp32 operands are multiplied in fp64: sums of TF32 products, or of 512
+    fp32 ones in a row, err more than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that
+    serve models. Parts are in fp32 (Triton 3.6 cannot compile fp64 products of words of 16 bits), but shorter."""
     if a.dtype == tl.float32:
-        return acc + tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        if PARTS_OF == 1:
+            product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        else:
+            product = tl.dot(a, b, input_precision="ieee")
+        return product if acc is None else acc + product
+    elif acc is None:
+        return tl.dot(a, b)
     else:
         return tl.dot(a, b, acc)
 
 
 @triton.jit
-def rescale_groups(parts, scale, zero, page, row, cols, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
+def rescale_groups(
+    parts, scale, zero, page, row, in_range, BIAS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Decoded parts with a scale, and perhaps a zero point, per group of GROUP_WIDTH columns."""
-    scales = load_group_factor(scale, page, row, cols, in_range, WIDTH, GROUP_WIDTH)
+    factor = load_group_factor(scale, page, row, in_range, WIDTH, GROUP_WIDTH, BLOCK)
+    offset = tl.zeros_like(factor)
+    if zero is not None:
+        offset = load_group_factor(zero, page, row, in_range, WIDTH, GROUP_WIDTH, BLOCK) - BIAS
     out = ()
     for i in tl.static_range(len(parts)):
-        x = parts[i].to(tl.float32)
-        if zero is not None:
-            x -= load_group_factor(zero, page, row, cols, in_range, WIDTH, GROUP_WIDTH)
-        out = out + (x * scales,)
+        out = out + ((parts[i].to(tl.float32) - offset) * factor,)
     return out
+
+
+@triton.jit
+def turned(x):
+    """The transpose of the last two dimensions."""
+    if len(x.shape) == 2:
+        return tl.trans(x)
+    else:
+        return tl.trans(x, 0, 2, 1)
 
 
 @triton.jit
@@ -73,12 +92,16 @@ def attend(
     q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
     m, l, acc, shift,
     KV_ROW: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
-    V_FORM: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
+    K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    WAYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles [BLOCK_M, BLOCK_V], all fp32.
+
+    With WAYS > 1 each warp walks the keys alone that are its part of a step: states and tiles have one more dimension, WAYS,
+    in front, and no step waits for what another warp found. Below, -1 and -2 are the last dimensions in either case.
 
     q: tuple of tiles [BLOCK_M, BLOCK_K], one per part of K; q_sum [BLOCK_M]: its sum over all dims, for the zero point;
     q_pos [BLOCK_M]: position in the KV sequence. k, v: (pointer, stride of a page, stride of a row, scale, zero point).
@@ -91,8 +114,10 @@ def attend(
     cols_v = tl.arange(0, BLOCK_V)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         kv_pos = start + tl.arange(0, BLOCK_N)
-        in_range = kv_pos < end if MASKED else tl.full([BLOCK_N], True, tl.int1)
-        page, row = KV_ROW(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE)
+        if WAYS > 1:
+            kv_pos = tl.reshape(kv_pos, [WAYS, BLOCK_N // WAYS])
+        in_range = kv_pos < end
+        page, row = KV_ROW(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE, MASKED)
         k_rows = page * stride_kp + row * stride_kn
         v_rows = k_rows  # K and V are most often of one shape: half the address arithmetic
         if not ALIKE:
@@ -100,45 +125,67 @@ def attend(
 
         keys = K_DECODE(load_rows(k_ptr, k_rows, cols_k, in_range, MASKED, K_WIDTH, BLOCK_K))
         if K_FORM == "group":
-            keys = rescale_groups(keys, k_scale, k_zero, page, row, cols_k, in_range, K_WIDTH, K_GROUP)
-        s = tl.zeros([q[0].shape[0], BLOCK_N], tl.float32)
-        for i in tl.static_range(len(keys)):
-            s = dot(q[i], keys[i].to(K_TYPE).T, s)
+            keys = rescale_groups(keys, k_scale, k_zero, page, row, in_range, K_BIAS, K_WIDTH, K_GROUP, BLOCK_K)
+        s = dot(q[0], turned(keys[0].to(K_TYPE)), None, len(keys))
+        for i in tl.static_range(1, len(keys)):
+            s = dot(q[i], turned(keys[i].to(K_TYPE)), s, len(keys))
         if K_FORM != "group":
             if k_zero is not None:
-                s -= q_sum[:, None] * load_factor(k_zero, page, row, in_range, MASKED)[None, :]
+                zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
+                s -= tl.expand_dims(q_sum, -1) * tl.expand_dims(zero, -2)
             if K_FORM == "token":
-                s *= load_factor(k_scale, page, row, in_range, MASKED)[None, :]
+                s *= tl.expand_dims(load_factor(k_scale, page, row, in_range, MASKED), -2)
         s = LOGITS(s, logit_params)  # [BLOCK_M, BLOCK_N], log2 units
         if MASKED:
-            keep = in_range[None, :]
+            keep = tl.expand_dims(in_range, -2)
             if LEFT:
-                keep &= kv_pos[None, :] >= q_pos[:, None] - window_left
+                keep &= tl.expand_dims(kv_pos, -2) >= tl.expand_dims(q_pos - window_left, -1)
             if RIGHT:
-                keep &= kv_pos[None, :] <= q_pos[:, None] + window_right
+                keep &= tl.expand_dims(kv_pos, -2) <= tl.expand_dims(q_pos + window_right, -1)
             s = tl.where(keep, s, NEG_INF)
 
         if V_FORM == "token":
             # the scale's exponent joins the logit, so that p * scale is below 2 and fits fp16 whatever the scales are
             power, inverse, mantissa = split_scale(load_factor(v_scale, page, row, in_range, MASKED))
-            p, m, alpha = softmax_step(s + power[None, :], m, MASKED)
-            l = l * alpha + tl.sum(p * inverse[None, :], 1)
-            p *= mantissa[None, :]
+            p, m, alpha = softmax_step(s + tl.expand_dims(power, -2), m, MASKED)
+            l = l * alpha + tl.sum(p * tl.expand_dims(inverse, -2), -1)
+            p *= tl.expand_dims(mantissa, -2)
         else:
             p, m, alpha = softmax_step(s, m, MASKED)
-            l = l * alpha + tl.sum(p, 1)
+            l = l * alpha + tl.sum(p, -1)
         values = V_DECODE(load_rows(v_ptr, v_rows, cols_v, in_range, MASKED, V_WIDTH, BLOCK_V))
         if V_FORM == "group":
-            values = rescale_groups(values, v_scale, v_zero, page, row, cols_v, in_range, V_WIDTH, V_GROUP)
+            values = rescale_groups(values, v_scale, v_zero, page, row, in_range, V_BIAS, V_WIDTH, V_GROUP, BLOCK_V)
         p = p.to(V_TYPE)
         if V_FORM != "group" and v_zero is not None:
-            zero = load_factor(v_zero, page, row, in_range, MASKED)
-            shift = shift * alpha + tl.sum(p.to(tl.float32) * zero[None, :], 1)
+            zero = load_factor(v_zero, page, row, in_range, MASKED) - V_BIAS
+            shift = shift * alpha + tl.sum(p.to(tl.float32) * tl.expand_dims(zero, -2), -1)
         new = ()
         for i in tl.static_range(len(values)):
-            new = new + (dot(p, values[i].to(V_TYPE), acc[i] * alpha[:, None]),)
+            new = new + (dot(p, values[i].to(V_TYPE), acc[i] * tl.expand_dims(alpha, -1), len(values)),)
         acc = new
     return m, l, acc, shift
+
+
+@triton.jit
+def each_way(tiles, WAYS: tl.constexpr):
+    """The same tiles [WAYS, ...] for each warp."""
+    out = ()
+    for i in tl.static_range(len(tiles)):
+        out = out + (tl.broadcast_to(tiles[i][None, :, :], [WAYS, tiles[i].shape[0], tiles[i].shape[1]]),)
+    return out
+
+
+@triton.jit
+def join_ways(m, l, acc, shift):
+    """One state from those of the warps, [WAYS, ...] each."""
+    m_all = tl.max(m, 0)
+    m_ref = tl.where(m_all == NEG_INF, 0.0, m_all)
+    alpha = tl.exp2(m - m_ref[None, :])
+    out = ()
+    for i in tl.static_range(len(acc)):
+        out = out + (tl.sum(acc[i] * alpha[:, :, None], 0),)
+    return m_all, tl.sum(l * alpha, 0), out, tl.sum(shift * alpha, 0)
 
 
 @triton.jit
@@ -176,11 +223,12 @@ def attention_kernel(
     stride_qn, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_on, stride_oh,
     sm_scale, out_scale, soft_cap, window_left, window_right, num_qo_heads,
     KV_ROW: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
-    V_FORM: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
+    K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
 
@@ -238,34 +286,38 @@ def attention_kernel(
     else:
         logit_params = (sm_scale, soft_cap)
 
-    m = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M] if WAYS == 1 else [WAYS, BLOCK_M], tl.float32)
+    m = l + NEG_INF
+    shift = l
     acc = ()
     for _ in tl.static_range(V_PARTS):
-        acc = acc + (tl.zeros([BLOCK_M, BLOCK_V], tl.float32),)
-    shift = tl.zeros([BLOCK_M], tl.float32)
+        acc = acc + (tl.zeros([BLOCK_M, BLOCK_V] if WAYS == 1 else [WAYS, BLOCK_M, BLOCK_V], tl.float32),)
+    if WAYS > 1:
+        q = each_way(q, WAYS)
     k = (k_ptr + kv_head * stride_kh, stride_kp, stride_kn, k_scale, k_zero)
     v = (v_ptr + kv_head * stride_vh, stride_vp, stride_vn, v_scale, v_zero)
     if ONE_LOOP:
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
-            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
-            PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, STAGES)  # fmt: skip
+            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
+            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
     else:
         if LEFT:
             m, l, acc, shift = attend(
                 q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, left,
-                m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
-                PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, 1)  # fmt: skip
+                m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
+                K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, left, right,
-            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
-            PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, STAGES)  # fmt: skip
+            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
+            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, right, end,
-            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_GROUP, V_GROUP, K_TYPE, V_TYPE,
-            PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, 1)  # fmt: skip
+            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
+            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
 
+    if WAYS > 1:
+        m, l, acc, shift = join_ways(m, l, acc, shift)
     if OVERLAP:
         gdc_launch_dependents()  # the merge may start; it waits for this grid's stores
     offs_dv = tl.arange(0, BLOCK_V * V_PARTS)
@@ -365,7 +417,8 @@ def run(
 ) -> None:
     """Launch the portable family: q [nnz_qo, num_qo_heads, head_dim_qk]; k, v as NHD, paged [pages, page_size, heads, dim]
     or ragged [nnz_kv, heads, dim]; out and lse are written. Partial states go to the workspace and are merged."""
-    p, c, scales = plan.problem, plan.config, scales or NO_SCALES
+    p, c = plan.problem, plan.config
+    scales = fit_scales(scales, c) if scales else NO_SCALES
     partial, partial_lse = plan.partials(workspace)
     k, v = words(k, p.k_format), words(v, p.v_format)
     k_strides = k.stride()[:-1] if p.paged else (0, *k.stride()[:-1])
@@ -381,6 +434,21 @@ def run(
         )  # fmt: skip
     if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
+
+
+def fit_scales(scales: Scales, c: Config) -> Scales:
+    """Scales in the forms that suit a tile. Where many rows share K and V, these are multiplied by a scale per token; folded
+    into logits and probabilities, of which a thread holds many columns, it would take too many registers."""
+    if c.block_m <= 16:
+        return scales
+
+    def spread(scale: Factor | None, zero: Factor | None) -> tuple[Factor | None, Factor | None]:
+        if scale is None or scale.form != "token":
+            return scale, zero
+        return Factor("group", scale.values[..., None]), zero and Factor("group", zero.values[..., None])
+
+    (k, k_zero), (v, v_zero) = spread(scales.k, scales.k_zero), spread(scales.v, scales.v_zero)
+    return Scales(k, v, k_zero, v_zero, scales.out)
 
 
 def words(x: torch.Tensor, kv_format: str) -> torch.Tensor:
@@ -410,6 +478,8 @@ def constexprs(
         "V_DECODE": codec.decoder(p.v_format, c.has_e4m3),
         "K_FORM": scales.k.form if scales.k else "none",
         "V_FORM": scales.v.form if scales.v else "none",
+        "K_BIAS": codec.BIAS[p.k_format],
+        "V_BIAS": codec.BIAS[p.v_format],
         "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts),
         "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts),
         "K_TYPE": product_type(p.q_dtype, p.k_format, scales.k),
@@ -426,10 +496,11 @@ def constexprs(
         "V_PARTS": v_parts,
         "K_WIDTH": p.head_dim_qk // k_parts,
         "V_WIDTH": p.head_dim_vo // v_parts,
-        "BLOCK_K": max(triton.next_power_of_2(p.head_dim_qk // k_parts), 16),
-        "BLOCK_V": max(triton.next_power_of_2(p.head_dim_vo // v_parts), 16),
+        "BLOCK_K": block_width(p.head_dim_qk, k_parts),
+        "BLOCK_V": block_width(p.head_dim_vo, v_parts),
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
+        "WAYS": c.ways,
         "STAGES": c.num_stages,
         "ONE_LOOP": c.one_loop,
         "OVERLAP": c.overlap,
@@ -437,8 +508,16 @@ def constexprs(
 
 
 def group_width(scale: Factor | None, head_dim: int, parts: int) -> int:
-    """Words of a row that share a scale; 0 unless scales come in groups."""
-    return head_dim // scale.values.shape[-1] // parts if scale is not None and scale.form == "group" else 0
+    """Words of a row that share a scale (if all do: those of a block); 0 unless scales come in groups."""
+    if scale is None or scale.form != "group":
+        return 0
+    groups = scale.values.shape[-1]
+    return block_width(head_dim, parts) if groups == 1 else head_dim // groups // parts
+
+
+def block_width(head_dim: int, parts: int) -> int:
+    """Words of a row, filled up to what the tensor cores take."""
+    return max(triton.next_power_of_2(head_dim // parts), 16)
 
 
 def product_type(q_dtype: torch.dtype, kv_format: str, scale: Factor | None) -> tl.dtype:
@@ -500,6 +579,7 @@ def _case(
     heads = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim_qk": 128, "head_dim_vo": 128, "kv_dtype": dtype}
     problem = Problem(**{**heads, **fields}, q_dtype=dtype, o_dtype=dtype)
     config = portable(problem, Workload(8, 8 * qo_len, qo_len, 8 * 1024, 1024), sm)
+    scales = fit_scales(scales, config)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     strides = tuple(n for n in attention_kernel.arg_names if n.startswith("stride_"))
     signature: dict[str, Any] = dict.fromkeys(("q_ptr", "out_ptr"), element)

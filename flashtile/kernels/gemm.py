@@ -1,8 +1,8 @@
 """Grouped matrix products in Triton: one persistent kernel over the tiles of all segments.
 
 The lengths of the segments stay on the device. Each program searches them for the segment that its tile belongs to, so
-that a launch needs no host sync and can be captured in a CUDA graph. Rows before the first segment and after the last one
-count as two more segments, without a product.
+that a launch needs no host sync and can be captured in a CUDA graph. Rows before the first segment and after the last
+one count as two more segments, without a product.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.config import GemmConfig, capability, choose_gemm, num_sms
+from flashtile.config import GemmConfig, Product, capability, choose_gemm, num_sms
 from flashtile.kernels.tiles import alignment
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recorded
@@ -36,7 +36,7 @@ def find_segment(tile, seg_indptr_ptr, num_segments, num_rows, tiles_n, BLOCK_M:
     """Which segment a tile belongs to, if each has its row blocks times tiles_n tiles.
 
     Returns:
-        segment (0 and num_segments + 1: outside), its rows begin and end, its first tile, and the tiles of all segments.
+        segment (0 and num_segments + 1: outside), its rows begin and end, its first tile; the tiles of all segments.
     """
     segment, begin, end, first, total = 0, 0, 0, 0, 0
     for start in range(0, num_segments + 2, SEARCH):
@@ -65,15 +65,16 @@ def block_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def dot(x, w, acc):
-    """acc + x w in fp32. fp32 operands are multiplied in fp64: sums of TF32 products, or of many fp32 ones in a row, err more
-    than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that serve models."""
+    """acc + x w in fp32. fp32 operands are multiplied in fp64: sums of TF32 products, or of many fp32 ones in a row,
+    err more than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that serve models.
+    """
     if x.dtype == tl.float32:
         return acc + tl.dot(x.to(tl.float64), w.to(tl.float64), out_dtype=tl.float64)
     else:
         return tl.dot(x, w, acc)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_segments", "d_out"])
+@triton.jit(do_not_specialize=["num_rows", "num_segments"])
 def grouped_gemm_kernel(
     out_ptr, x_ptr, weight_ptr, seg_indptr_ptr, weight_indices_ptr, x_scale_ptr, weight_scale_ptr,
     num_rows, num_segments, d_in, d_out, stride_out_batch, stride_out_row, stride_x_batch, stride_x_row, stride_weight,
@@ -140,7 +141,7 @@ def grouped_gemm_kernel(
 
         out_rows = tl.cast(batch, tl.int64) * stride_out_batch + rows.to(tl.int64) * stride_out_row
         out_ptrs = out_ptr + (out_rows * UNIT)[:, None] + cols[None, :]
-        out_mask = row_mask[:, None] & col_mask[None, :]
+        out_mask = row_mask[:, None] if EVEN_N else row_mask[:, None] & col_mask[None, :]
         acc = acc * factor
         if BETA:
             acc += beta * tl.load(out_ptrs, mask=out_mask, other=0.0).to(tl.float32)
@@ -160,7 +161,7 @@ def grouped_gemm(
     num_sms: int,
     backend: str,
 ) -> None:
-    """out = alpha x weight + beta out, for each batch entry, or for each segment of the only one; see flashtile/gemm.py."""
+    """out = alpha x weight + beta out for each batch entry, or each segment of the only one; see flashtile/gemm.py."""
     if out.numel() == 0:
         return
     check_fp8(x)
@@ -189,7 +190,8 @@ def choose(out: Tensor, x: Tensor, weights: Tensor, seg_indptr: Tensor | None, b
     device = out.device
     sm = capability(device)
     hopper = sm[0] == 9 and backend != "sm80" and family("hopper").fits(out, x, weights)
-    return choose_gemm(segments, rows, *weights.shape[1:], x.element_size(), sm, num_sms(device), hopper)
+    product = Product(segments, rows, *weights.shape[1:], x.element_size())
+    return choose_gemm(product, sm, num_sms(device), hopper)
 
 
 def launch(
@@ -230,22 +232,34 @@ def launch(
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Experts, LoRA's ways down and up, fp8, fp32; on both architectures the tiles that each of them would get."""
-    index = torch.empty(9, dtype=torch.int64, device="meta")
-    for rows, d_in, d_out in ((8, 4096, 4096), (200, 4096, 16), (32768, 4096, 64), (16384, 4096, 4096), (8192, 16, 4096)):
-        for dtype, column_major in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
-            x = torch.empty(1, rows, d_in, dtype=dtype, device="meta")
-            w = torch.empty(8, *((d_out, d_in) if column_major else (d_in, d_out)), dtype=dtype, device="meta")
-            w = w.transpose(1, 2) if column_major else w
-            out = torch.empty(1, rows, d_out, dtype=dtype, device="meta")
-            for sm in ((8, 0), (9, 0)):
-                config = choose_gemm(8, triton.cdiv(rows, 8), d_in, d_out, dtype.itemsize, sm, 132)
-                arguments = (out, x, w, index, index[:8], None, None, 1.0, 0.0, 132)
-                capability = sm[0] * 10
-                yield recorded(
-                    f"gemm rows={rows} {d_in}x{d_out} {dtype} {config}",
-                    grouped_gemm_kernel,
-                    partial(launch, config, *arguments),
-                    min_capability=capability,
-                    max_capability=capability,
-                )
+    """Experts, LoRA's ways down and up, fp8, fp32: the tiles that each architecture gets."""
+    bf16, fp16, fp32, e4m3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+    index, scale = torch.empty(9, dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
+    for rows, d_in, d_out, dtype, column_major in (
+        (8, 4096, 4096, bf16, True),
+        (8, 4096, 4096, fp16, False),
+        (8, 4096, 4096, fp32, True),
+        (8, 4096, 256, bf16, True),
+        (512, 4096, 4096, bf16, True),
+        (128, 16, 4096, bf16, True),
+        (128, 64, 4096, fp16, False),
+        (200, 4096, 16, bf16, True),
+        (2048, 4096, 64, bf16, True),
+        (4096, 4096, 16, bf16, True),
+        (32768, 4096, 64, fp16, False),
+        (16384, 4096, 4096, bf16, True),
+        (16384, 4096, 4096, fp16, False),
+        (16384, 4096, 4096, e4m3, True),
+        (512, 4096, 4096, e4m3, True),
+    ):
+        x = torch.empty(1, rows, d_in, dtype=dtype, device="meta")
+        weights = torch.empty(8, *((d_out, d_in) if column_major else (d_in, d_out)), dtype=dtype, device="meta")
+        out = torch.empty(1, rows, d_out, dtype=bf16 if dtype == e4m3 else dtype, device="meta")
+        scales = (scale, scale) if dtype == e4m3 else (None, None)
+        matrices = weights.transpose(1, 2) if column_major else weights
+        for sm in ((8, 0), (9, 0))[dtype == e4m3 :]:
+            config = choose_gemm(Product(8, triton.cdiv(rows, 8), d_in, d_out, dtype.itemsize), sm, 132)
+            run = partial(launch, config, out, x, matrices, index, index[:8], *scales, 1.0, 0.0, 132)
+            name = f"gemm rows={rows} {d_in}x{d_out} {dtype} {config}"
+            capability = 10 * sm[0]
+            yield recorded(name, grouped_gemm_kernel, run, min_capability=capability, max_capability=capability)

@@ -1,30 +1,38 @@
-"""Where the KV rows of a request live: one small function per layout, passed to the mainloop."""
+"""Where the KV rows of a request live: one small function per layout, passed to the mainloop.
+
+Token vectors are [BLOCK_N], or [WAYS, BLOCK_N / WAYS] (attention.py); what they are spread over comes behind.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def contiguous_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr):
+def contiguous_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
     """Page and row, [BLOCK_N] int64, of ragged KV: token kv_pos of the request is row kv_base + kv_pos; there is one page."""
     row = (kv_base + kv_pos).to(tl.int64)
     return tl.zeros_like(row), row
 
 
 @triton.jit
-def paged_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr):
+def paged_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
     """Page and row in the page, [BLOCK_N] int64: the page ids of the request start at kv_indices[kv_base]."""
     pos = kv_pos.to(tl.uint32)  # division and remainder by a power of 2 are one instruction each if there is no sign
-    page = tl.load(kv_indices_ptr + kv_base + pos // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
-    return page, (pos % PAGE_SIZE).to(tl.int64)
+    ptrs = kv_indices_ptr + kv_base + pos // PAGE_SIZE
+    page = tl.load(ptrs, mask=in_range, other=0) if MASKED else tl.load(ptrs)
+    return page.to(tl.int64), (pos % PAGE_SIZE).to(tl.int64)
 
 
 @triton.jit
 def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Columns `cols` [BLOCK], of which WIDTH exist, of the rows at offsets `rows` [BLOCK_N] in elements; 0 elsewhere."""
-    ptrs = ptr + (rows[:, None] + cols[None, :])
-    if MASKED or WIDTH != BLOCK:
-        return tl.load(ptrs, mask=in_range[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    ptrs = ptr + (tl.expand_dims(rows, -1) + cols)
+    if MASKED and WIDTH != BLOCK:
+        return tl.load(ptrs, mask=tl.expand_dims(in_range, -1) & (cols < WIDTH), other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=tl.expand_dims(in_range, -1), other=0.0)
+    elif WIDTH != BLOCK:
+        return tl.load(ptrs, mask=tl.broadcast_to(cols < WIDTH, ptrs.shape), other=0.0)
     else:
         return tl.load(ptrs)
 
@@ -50,9 +58,18 @@ def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_group_factor(factor, page, row, cols, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr):
-    """A scale or zero point per token and group of GROUP_WIDTH columns, for each column: [BLOCK_N, BLOCK] fp32. factor is
-    (pointer, strides of a page, a row and a group)."""
-    offs = page * factor[1] + row * factor[2]
-    ptrs = factor[0] + (offs[:, None] + (cols // GROUP_WIDTH * factor[3])[None, :])
-    return tl.load(ptrs, mask=in_range[:, None] & (cols < WIDTH)[None, :], other=0).to(tl.float32)
+def load_group_factor(
+    factor, page, row, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A scale or zero point per token and group of GROUP_WIDTH columns, spread over the columns: [BLOCK_N, BLOCK] fp32. factor
+    is (pointer, strides of a page, a row and a group)."""
+    GROUPS: tl.constexpr = BLOCK // GROUP_WIDTH
+    group = tl.arange(0, GROUPS)
+    ptrs = factor[0] + (tl.expand_dims(page * factor[1] + row * factor[2], -1) + group * factor[3])
+    mask = tl.expand_dims(in_range, -1) & (group * GROUP_WIDTH < WIDTH)
+    each = tl.expand_dims(tl.load(ptrs, mask=mask, other=0).to(tl.float32), -1)
+    if len(row.shape) == 1:
+        return tl.reshape(tl.broadcast_to(each, [row.shape[0], GROUPS, GROUP_WIDTH]), [row.shape[0], BLOCK])
+    else:
+        spread = tl.broadcast_to(each, [row.shape[0], row.shape[1], GROUPS, GROUP_WIDTH])
+        return tl.reshape(spread, [row.shape[0], row.shape[1], BLOCK])

@@ -182,7 +182,7 @@ def _launch(
     cols = head_dim if copy_rest else rotary_dim
     splits = head_splits(nnz, num_qo_heads, cols)
     block_qo_heads, block_kv_heads = (
-        triton.next_power_of_2(triton.cdiv(n, splits)) for n in (num_qo_heads, num_kv_heads)
+        triton.next_power_of_2(max(1, triton.cdiv(n, splits))) for n in (num_qo_heads, num_kv_heads)
     )
     unit = alignment(q_out, k_out, q, k)
     elements = (block_qo_heads + block_kv_heads) * cols
@@ -202,7 +202,7 @@ def _launch(
 def head_splits(nnz: int, num_qo_heads: int, cols: int) -> int:
     """Programs per token: as few as keep a program's elements below the bound; one for four heads while there are few
     tokens and only latency counts."""
-    splits = triton.cdiv(num_qo_heads * triton.next_power_of_2(cols), BULK_ELEMENTS)
+    splits = triton.cdiv(max(1, num_qo_heads) * triton.next_power_of_2(cols), BULK_ELEMENTS)
     if nnz * splits <= FEW_PROGRAMS:
         splits = max(splits, triton.cdiv(num_qo_heads, 4))
     return triton.next_power_of_2(splits)

@@ -167,7 +167,7 @@ def _launch(
     cols = rope_dim + max(q_nope.shape[2], k_nope.shape[2] + v.shape[2])
     splits = head_splits(nnz, num_qo_heads, cols)
     block_qo_heads, block_kv_heads = (
-        triton.next_power_of_2(triton.cdiv(n, splits)) for n in (num_qo_heads, num_kv_heads)
+        triton.next_power_of_2(max(1, triton.cdiv(n, splits))) for n in (num_qo_heads, num_kv_heads)
     )
     unit = alignment(*outputs, *inputs)
     by_slot = [stride // unit for x in outputs[2:] for stride in x.stride()[:3]]

@@ -10,15 +10,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def softmax_step(s, m, MASKED: tl.constexpr):
     """Probabilities p of the logits s [BLOCK_M, BLOCK_N], in log2 units, relative to the new running maximum; that maximum
-    [BLOCK_M]; and alpha [BLOCK_M], which brings what was summed relative to m to the new one.
+    [BLOCK_M]; and alpha [BLOCK_M], which brings what was summed relative to m to the new one. Dimensions in front are kept.
 
     MASKED: s may hold -inf, so that a row may have seen no key yet.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, -1))
     m_ref = m_new
     if MASKED:
         m_ref = tl.where(m_new == NEG_INF, 0.0, m_new)  # exp2(-inf - 0) = 0, where -inf - -inf would be NaN
-    return tl.exp2(s - m_ref[:, None]), m_new, tl.exp2(m - m_ref)
+    return tl.exp2(s - tl.expand_dims(m_ref, -1)), m_new, tl.exp2(m - m_ref)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ def segment_gemm(
     weight_column_major: bool,
     weight_indices: Sequence[int] | None = None,
 ) -> Tensor:
-    """[rows, d_out]: rows seg_indptr[i] .. seg_indptr[i + 1] - 1 of x [rows, d_in] times the weight of segment i, which is
-    weights[i], or weights[weight_indices[i]]; 0 for rows of no segment.
+    """[rows, d_out]: rows seg_indptr[i] .. seg_indptr[i + 1] - 1 of x [rows, d_in] times the weight of segment i, which
+    is weights[i], or weights[weight_indices[i]]; 0 for rows of no segment.
 
     weights: [num_weights, d_out, d_in] if weight_column_major, else [num_weights, d_in, d_out].
     """

@@ -1,6 +1,7 @@
 """Attention cases: small ones that every kernel family must pass, and the maker of their (hostile) inputs."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,13 +9,18 @@ from torch import Tensor
 from flashtile.attention import PlannedOp
 from flashtile.config import Config
 from flashtile.decode import BatchDecodeWithPagedKVCacheWrapper
+from flashtile.plan.problem import Problem
 from flashtile.prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 from flashtile.reference.attention import attention
+from flashtile.reference.quantization import dequantise_kv
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A batch: lengths in tokens per request, heads, dims and the variant. page_size 0: ragged KV. qo_lens (): decode."""
+    """A batch: lengths in tokens per request, heads, dims and the variant. page_size 0: ragged KV. qo_lens (): decode.
+
+    k_cache, v_cache: "plain", "e4m3", "e5m2", "int8" or "int4".
+    """
 
     name: str
     kv_lens: tuple[int, ...]
@@ -32,6 +38,11 @@ class AttentionCase:
     strided: bool = False
     one_tensor: bool = False
     q_gain: float = 1.0
+    k_cache: str = "plain"
+    v_cache: str = "plain"
+    scale: str = "none"  # "float", "0d", "head", "token", or "group32" ... "group128"
+    zero: bool = False  # zero points, in the form of the scale
+    v_gain: float = 1.0
 
     def __str__(self) -> str:
         return self.name
@@ -106,13 +117,54 @@ CASES: list[AttentionCase] = [
 ]
 
 
+def _stored(base: AttentionCase, cache: str, scale: str, zero: bool = False, **changes: object) -> AttentionCase:
+    """A case over quantised caches: both of one format, or "K/V"."""
+    k_cache, _, v_cache = cache.partition("/")
+    words = [base.name, cache, scale, *(["zero"] if zero else []), *(f"{k}={v}" for k, v in changes.items())]
+    return replace(
+        base, name=".".join(words), k_cache=k_cache, v_cache=v_cache or k_cache, scale=scale, zero=zero, **changes  # type: ignore[arg-type]
+    )
+
+
+QUANTISED_CASES: list[AttentionCase] = [
+    *[_stored(_DECODE, cache, scale) for cache in ("e4m3", "e5m2", "int8") for scale in ("float", "0d", "head", "token")],
+    _stored(_DECODE, "plain", "float"),
+    _stored(_DECODE, "plain", "token"),
+    *[_stored(_DECODE, "int8", scale, zero=True) for scale in ("float", "head", "token")],
+    *[_stored(_DECODE, "int4", scale, zero) for scale in ("token", "group32") for zero in (False, True)],
+    *[_stored(_DECODE, "int4", f"group{n}", True, head_dim=128) for n in (32, 64, 128)],
+    _stored(_DECODE, "int4", "group32", True, head_dim=96),
+    *[_stored(_DECODE, "int4", "token", head_dim=d) for d in (16, 40, 256, 512)],
+    *[_stored(_DECODE, "e4m3", "head", head_dim=d) for d in (16, 72, 256)],
+    *[_stored(_DECODE, cache, "token", True) for cache in ("int8/int4", "int4/int8")],
+    *[_stored(_DECODE, cache, "token") for cache in ("e4m3/int4", "plain/int8", "int4/plain")],
+    *[_stored(_DECODE, "int4", "token", page_size=n) for n in (1, 3, 64)],
+    *[_stored(_DECODE, "int8", "token", heads=h) for h in ((8, 8), (16, 1), (5, 1))],
+    *[_stored(_DECODE, "int8", "token", v_gain=g) for g in (1e-4, 1e4)],
+    _stored(_DECODE, "e4m3", "token", q_gain=100.0),
+    _stored(_DECODE, "int4", "token", one_tensor=True, kv_layout="HND"),
+    _stored(_DECODE, "int8", "token", True, strided=True, kv_layout="HND"),
+    _stored(_DECODE, "e5m2", "head", window_left=20, sinks=True),
+    _stored(_DECODE, "int8", "token", True, logits_soft_cap=5.0),
+    _stored(replace(_DECODE, kv_lens=(0, 17, 0)), "int4", "token", True),
+    *[_stored(base, cache, scale, zero) for base in (_PREFILL, _APPEND, _RAGGED)
+      for cache, scale, zero in (("e4m3", "head", False), ("int8", "token", True), ("int4", "token", False),
+                                 ("int4", "group32", True))],
+    _stored(_APPEND, "int4", "token", True, strided=True),
+    _stored(_APPEND, "int8", "token", window_left=16),
+    _stored(_RAGGED, "int4", "group32", True, kv_layout="HND"),
+    _stored(_APPEND, "int8", "token", head_dim=96, head_dim_vo=64),
+]  # fmt: skip
+CASES += QUANTISED_CASES
+
+
 @dataclass
 class Inputs:
     """Tensors of a case. q [nnz_qo, Hq, D]; cache: what run() takes (a tuple or one tensor, or ragged (k, v))."""
 
     case: AttentionCase
     q: Tensor
-    ks: list[Tensor]  # per request [kv_len, Hkv, D]
+    ks: list[Tensor]  # per request [kv_len, Hkv, D]: the values, dequantised, in fp64 then
     vs: list[Tensor]
     cache: Tensor | tuple[Tensor, Tensor]
     qo_indptr: Tensor
@@ -120,12 +172,21 @@ class Inputs:
     kv_indices: Tensor
     last_page_len: Tensor
     sinks: Tensor | None
+    scales: dict[str, float | Tensor]  # k_scale, v_scale, k_zero, v_zero for run()
+
+
+CACHE_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8, "int4": torch.uint8}
 
 
 def poison(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """A tensor of NaN and infinities: what memory that nobody owns may hold."""
+    """A tensor of NaN and infinities (integers: anything): what memory that nobody owns may hold."""
     gen = torch.Generator().manual_seed(seed)
-    bad = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=dtype)
+    if dtype in (torch.int8, torch.uint8):
+        return torch.randint(0, 256, shape, generator=gen, dtype=torch.uint8).view(dtype)
+    specials = [float("nan"), float("inf"), float("-inf")]
+    bad = torch.tensor(specials if dtype != torch.float8_e4m3fn else [float("nan"), 448.0, -448.0]).to(dtype)
+    if bad.element_size() == 1:
+        return bad.view(torch.uint8)[torch.randint(0, 3, shape, generator=gen)].view(dtype)
     return bad[torch.randint(0, 3, shape, generator=gen)]
 
 
@@ -135,17 +196,23 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu", se
     (hq, hk), d, dv = case.heads, case.head_dim, case.dim_vo
     nnz_qo = sum(case.query_lens)
     q = (torch.randn(nnz_qo, hq, d, generator=gen) * case.q_gain).to(dtype)
-    ks = [torch.randn(n, hk, d, generator=gen).to(dtype) for n in case.kv_lens]
-    vs = [torch.randn(n, hk, dv, generator=gen).to(dtype) for n in case.kv_lens]
+    k = _store(case, case.k_cache, [torch.randn(n, hk, d, generator=gen).to(dtype) for n in case.kv_lens], gen)
+    v = _store(case, case.v_cache, [(torch.randn(n, hk, dv, generator=gen) * case.v_gain).to(dtype) for n in case.kv_lens], gen)
     qo_indptr = torch.tensor([0, *case.query_lens]).cumsum(0).int()
+    per_row: dict[str, list[Tensor]] = {"k": k.rows, "v": v.rows, **_per_row_factors(k, v)}
+    placed: dict[str, Tensor]
+    cache: Tensor | tuple[Tensor, Tensor]
     if case.page_size:
-        cache, kv_indptr, kv_indices, last = _paged_cache(case, ks, vs, dtype, gen)
+        placed, kv_indptr, kv_indices, last = _paged(case, per_row, gen)
+        cache = (placed["k"], placed["v"])
+        if case.one_tensor:
+            pages = placed["k"].shape[0]
+            cache = torch.stack(cache, 1) if pages else torch.empty(0)
     else:
-        members = []
-        for i, (parts, dim) in enumerate(((ks, d), (vs, dv))):
-            dense = torch.cat(parts) if parts else torch.empty(0, hk, dim, dtype=dtype)
-            members.append(_place(dense, case.strided, case.kv_layout == "HND", seed + i))
-        cache = (members[0], members[1])
+        placed = {}
+        for i, (name, parts) in enumerate(per_row.items()):
+            placed[name] = _place(torch.cat(parts), case.strided, case.kv_layout == "HND", seed + i)
+        cache = (placed["k"], placed["v"])
         kv_indptr = torch.tensor([0, *case.kv_lens]).cumsum(0).int()
         kv_indices = last = torch.empty(0, dtype=torch.int32)
     if case.strided:
@@ -155,12 +222,79 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu", se
     sinks = torch.randn(hq, generator=gen) * 2 if case.sinks else None
     if sinks is not None:
         sinks[0] = float("-inf")
-    move = lambda x: _to(x, device)  # noqa: E731
+    scales = {f"{side}_{what}": x for side, stored in (("k", k), ("v", v)) for what, x in stored.factors().items()}
+    scales |= {name: placed[name] for name in placed if "_" in name}
+    move = lambda x: _to(x, device) if isinstance(x, Tensor) else x  # noqa: E731
     return Inputs(
-        case, move(q), [k.to(device) for k in ks], [v.to(device) for v in vs],
+        case, move(q), [x.to(device) for x in k.values], [x.to(device) for x in v.values],
         move(cache) if isinstance(cache, Tensor) else (move(cache[0]), move(cache[1])),
         qo_indptr, kv_indptr, kv_indices, last, None if sinks is None else sinks.to(device),
+        {name: move(x) for name, x in scales.items()},
     )  # fmt: skip
+
+
+@dataclass
+class Stored:
+    """K or V of a case: rows as the cache holds them and values as they are meant, per request; scale and zero point."""
+
+    rows: list[Tensor]
+    values: list[Tensor]
+    scale: float | Tensor | list[Tensor] | None = None
+    zero: float | Tensor | list[Tensor] | None = None
+
+    def factors(self) -> dict[str, float | Tensor]:
+        """Scale and zero point that do not vary by row."""
+        found = {"scale": self.scale, "zero": self.zero}
+        return {name: x for name, x in found.items() if x is not None and not isinstance(x, list)}
+
+
+def _per_row_factors(k: Stored, v: Stored) -> dict[str, list[Tensor]]:
+    named = {"k_scale": k.scale, "v_scale": v.scale, "k_zero": k.zero, "v_zero": v.zero}
+    return {name: x for name, x in named.items() if isinstance(x, list)}
+
+
+def _store(case: AttentionCase, cache: str, xs: list[Tensor], gen: torch.Generator) -> Stored:
+    """Rows [kv_len, heads, dim] of each request in a cache format. Numbers are drawn so that the values are about as large."""
+    if cache == "plain" and case.scale == "none":
+        return Stored(xs, xs)
+    heads, dim = xs[0].shape[1:]
+    groups = dim // int(case.scale[5:]) if case.scale.startswith("group") else 0
+    top = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 7.0, "plain": 4.0}[cache] / 4
+    one = float(max((x.abs().max() for x in xs if x.numel()), default=torch.tensor(1.0))) / top / 4
+    by_head = (torch.rand(heads, generator=gen) + 0.5) * one
+    if case.scale == "token":
+        scale: float | Tensor | list[Tensor] = [torch.rand(x.shape[:2], generator=gen) * 2 * one + one / 50 for x in xs]
+    elif groups:
+        scale = [torch.rand((*x.shape[:2], groups), generator=gen) * 2 * one + one / 50 for x in xs]
+    else:
+        scale = {"float": one, "0d": torch.tensor(one), "head": by_head}[case.scale]
+    zero: float | Tensor | list[Tensor] | None = None
+    middle, spread = (8.0, 3.0) if cache == "int4" else (0.0, 40.0)
+    if case.zero and cache in ("int8", "int4"):
+        if isinstance(scale, list):
+            zero = [middle + spread * (torch.rand(s.shape, generator=gen) - 0.5) for s in scale]
+        elif isinstance(scale, Tensor) and scale.dim():
+            zero = middle + spread * (torch.rand(heads, generator=gen) - 0.5)
+        else:
+            zero = middle + 1.5
+    rows, values = [], []
+    for i, x in enumerate(xs):
+        s = scale[i] if isinstance(scale, list) else torch.as_tensor(scale)
+        z = zero[i] if isinstance(zero, list) else zero
+        expanded = s.repeat_interleave(dim // groups, -1) if groups else s[..., None]
+        numbers = x.float() / expanded
+        if cache == "plain":
+            row = numbers.to(x.dtype)
+        elif cache in ("e4m3", "e5m2"):
+            row = numbers.clamp(-4 * top, 4 * top).to(CACHE_DTYPES[cache])
+        elif cache == "int8":
+            row = numbers.round().clamp(-128, 127).to(torch.int8)
+        else:
+            n = (numbers + 8).round().clamp(0, 15).to(torch.uint8)
+            row = n[..., ::2] | n[..., 1::2] << 4
+        rows.append(row)
+        values.append(dequantise_kv(row, s, z))
+    return Stored(rows, values, scale, zero)
 
 
 def _to(x: Tensor, device: str) -> Tensor:
@@ -172,56 +306,60 @@ def _to(x: Tensor, device: str) -> Tensor:
 
 
 def _place(x: Tensor, strided: bool, heads_first: bool, seed: int) -> Tensor:
-    """[n, heads, dim] in the layout asked for; strided: inside a larger poisoned tensor."""
-    n, h, d = x.shape
+    """[n, heads (, dim)] in the layout asked for; strided: inside a larger poisoned tensor."""
     if heads_first:
         x = x.transpose(0, 1).contiguous()
     if not strided:
         return x
-    wide = poison((x.shape[0] + 1, x.shape[1] + 2, d + 16), x.dtype, seed)
-    wide[1:, :-2, 8:-8] = x
-    return wide[1:, :-2, 8:-8]
+    wide = poison((x.shape[0] + 1, x.shape[1] + 2, *(n + 16 for n in x.shape[2:])), x.dtype, seed)
+    inner = wide[(slice(1, None), slice(None, -2), *(slice(8, -8) for _ in x.shape[2:]))]
+    return inner.copy_(x)
 
 
-def _paged_cache(
-    case: AttentionCase, ks: list[Tensor], vs: list[Tensor], dtype: torch.dtype, gen: torch.Generator
-) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-    (_, hk), page = case.heads, case.page_size
+def _paged(
+    case: AttentionCase, per_row: dict[str, list[Tensor]], gen: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Rows of requests, [kv_len, heads (, dim)] each, on scattered pages, in the layout asked for; and the page table."""
+    page = case.page_size
     counts = [-(-n // page) for n in case.kv_lens]
     total = sum(counts) + 3  # pages nobody owns; page 0 is one of them
     ids = torch.randperm(total - 1, generator=gen)[: sum(counts)] + 1
     gap = 1 if case.strided else 0
-    if case.one_tensor:
-        both = poison((total, 2, page, hk, case.head_dim), dtype, 1)
-        k, v = both.unbind(1)
-    else:
-        k = poison((total, page + gap, hk + gap, case.head_dim + 8 * gap), dtype, 1)[:, gap:, gap:, : case.head_dim]
-        v = poison((total, page + gap, hk + gap, case.dim_vo + 8 * gap), dtype, 2)[:, gap:, gap:, : case.dim_vo]
-    start = 0
-    for rows_k, rows_v, count in zip(ks, vs, counts, strict=True):
-        for j, at in enumerate(ids[start : start + count].tolist()):
-            part = slice(j * page, (j + 1) * page)
-            k[at, : len(rows_k[part])] = rows_k[part]
-            v[at, : len(rows_v[part])] = rows_v[part]
-        start += count
+    placed = {}
+    for seed, (name, rows) in enumerate(per_row.items()):
+        heads, *dims = rows[0].shape[1:]
+        x = poison((total, page + gap, heads + gap, *(n + 8 * gap for n in dims)), rows[0].dtype, seed)
+        x = x[(slice(None), slice(gap, None), slice(gap, None), *(slice(n) for n in dims))]
+        start = 0
+        for mine, count in zip(rows, counts, strict=True):
+            for j, at in enumerate(ids[start : start + count].tolist()):
+                part = mine[j * page : (j + 1) * page]
+                x[at, : len(part)] = part
+            start += count
+        if case.kv_layout == "HND":  # same logical cache, heads before tokens in memory
+            x = x.transpose(1, 2) if case.strided else x.transpose(1, 2).contiguous()
+        placed[name] = x
     indptr = torch.tensor([0, *counts]).cumsum(0).int()
     last = torch.tensor([(n - 1) % page + 1 if n else 0 for n in case.kv_lens], dtype=torch.int32)
     indices = torch.cat([ids.int(), torch.tensor([2**30, -7], dtype=torch.int32)])  # garbage past the last page
-    if case.kv_layout == "HND":  # same logical cache, heads before tokens in memory
-        if case.one_tensor:
-            both = both.transpose(2, 3).contiguous()
-        elif not case.strided:
-            k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-        else:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-    return (both if case.one_tensor else (k, v)), indptr, indices, last
+    return placed, indptr, indices, last
+
+
+def problem_of(case: AttentionCase, dtype: torch.dtype) -> Problem:
+    """The problem of a case, as far as a Config depends on it."""
+    k_dtype, v_dtype = (CACHE_DTYPES.get(c, dtype) for c in (case.k_cache, case.v_cache))
+    return Problem(
+        *case.heads, case.head_dim, case.dim_vo, dtype, k_dtype, dtype, page_size=case.page_size, v_dtype=v_dtype
+    )
 
 
 def make_wrapper(x: Inputs, device: str, backend: str = "auto", config: Config | None = None) -> PlannedOp:
     """A planned wrapper for a case: decode, paged prefill or ragged prefill. The workspace starts as NaN."""
     case, dtype = x.case, x.q.dtype
     workspace = torch.full((32 << 20,), 255, dtype=torch.uint8, device=device)
-    (hq, hk), variant = case.heads, {"window_left": case.window_left, "logits_soft_cap": case.logits_soft_cap or None}
+    hq, hk = case.heads
+    variant: dict[str, Any] = {"window_left": case.window_left, "logits_soft_cap": case.logits_soft_cap or None}
+    variant["kv_data_type"] = (CACHE_DTYPES.get(case.k_cache, dtype), CACHE_DTYPES.get(case.v_cache, dtype))
     wrapper: PlannedOp
     if case.page_size and not case.qo_lens:
         wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, case.kv_layout, backend=backend)
@@ -248,7 +386,7 @@ def run_case(x: Inputs, wrapper: PlannedOp) -> tuple[Tensor, Tensor]:
     lse = torch.full((nnz_qo, hq), float("nan"), device=x.q.device)
     kv = x.cache if x.case.page_size and isinstance(x.cache, Tensor) else (x.cache,) if x.case.page_size else x.cache
     args = (kv,) if isinstance(kv, Tensor) else kv
-    wrapper.run(x.q, *args, out=out, lse=lse, return_lse=True, sinks=x.sinks)  # type: ignore[attr-defined]
+    wrapper.run(x.q, *args, out=out, lse=lse, return_lse=True, sinks=x.sinks, **x.scales)  # type: ignore[attr-defined]
     return out, lse
 
 

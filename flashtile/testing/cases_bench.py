@@ -123,10 +123,12 @@ class SamplingBench:
 
 @dataclass(frozen=True)
 class GemmBench:
-    """Grouped product: `groups` segments of `rows` rows of x times a weight [d_in, d_out] of their own."""
+    """`groups` products of `rows` rows of x with a weight [d_in, d_out] of their own. op: "grouped" (bf16 segments of
+    one matrix) or "bmm_fp8" (e4m3 batches, bf16 result)."""
 
     name: str
     area: str
+    op: str
     groups: int
     rows: int
     d_in: int
@@ -140,8 +142,8 @@ class GemmBench:
     @property
     def bytes(self) -> int:
         """x, weights and out."""
-        per_group = self.rows * (self.d_in + self.d_out) + self.d_in * self.d_out
-        return self.groups * per_group * BF16_BYTES
+        inputs = (self.rows + self.d_out) * self.d_in * (1 if self.op == "bmm_fp8" else BF16_BYTES)
+        return self.groups * (inputs + self.rows * self.d_out * BF16_BYTES)
 
 
 BenchCase = AttentionBench | MlaBench | ElementwiseBench | SamplingBench | GemmBench
@@ -161,7 +163,7 @@ _FORMS: dict[str, tuple[type[BenchCase], str]] = {
     "mla": (MlaBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.h(?P<num_heads>\d+)\.{_PAGE}"),
     "elem": (ElementwiseBench, r"(?P<op>rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv)\.t(?P<num_tokens>\d+)"),
     "sample": (SamplingBench, rf"(?P<op>sample|top_p|top_k_top_p\.(joint|first))\.{_BATCH}\.v(?P<vocab_size>\d+)"),
-    "gemm": (GemmBench, r"grouped\.g(?P<groups>\d+)\.m(?P<rows>\d+)\.k(?P<d_in>\d+)\.n(?P<d_out>\d+)"),
+    "gemm": (GemmBench, r"(?P<op>grouped|bmm_fp8)\.g(?P<groups>\d+)\.m(?P<rows>\d+)\.k(?P<d_in>\d+)\.n(?P<d_out>\d+)"),
 }
 
 
@@ -179,10 +181,16 @@ def parse_case(name: str) -> BenchCase:
     return kind(name=name, area=area, **fields)
 
 
-# Shapes without a figure in peers_h100.csv: grouped products of MoE (square) and LoRA (rank 16 and 64).
-GEMM_NAMES = tuple(
-    f"gemm/grouped.g{groups}.m{rows}.k4096.n{d_out}"
-    for groups in (8, 64)
-    for rows in (16, 256, 4096)
-    for d_out in (16, 64, 4096)
+# Shapes without a figure in peers_h100.csv: grouped products of experts (square) and of LoRA (down to rank 16 or 64,
+# and up again), and fp8 products.
+GEMM_NAMES = (
+    *(
+        f"gemm/grouped.g{groups}.m{rows}.k{d_in}.n{d_out}"
+        for groups in (8, 64)
+        for rows in (16, 256, 4096)
+        for d_in, d_out in ((4096, 16), (4096, 64), (16, 4096), (64, 4096), (4096, 4096))
+    ),
+    *(f"gemm/bmm_fp8.g{g}.m{m}.k{k}.n{n}" for g, m, k, n in ((1, 2048, 4096, 4096), (1, 4096, 4096, 4096))),
+    *(f"gemm/bmm_fp8.g{g}.m{m}.k{k}.n{n}" for g, m, k, n in ((1, 8192, 8192, 8192), (16, 512, 4096, 4096))),
+    "gemm/bmm_fp8.g16.m48.k1024.n1024",
 )

@@ -2,6 +2,7 @@
 GPU."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @dataclass(frozen=True)
 class SegmentCase:
-    """lens: rows of each segment; before, after: rows of no segment; weights: how many there are to choose from (0: one for
-    each segment)."""
+    """lens: rows of each segment; before, after: rows of no segment; weights: how many there are to choose from (0: one
+    for each segment)."""
 
     lens: tuple[int, ...]
     d_in: int
@@ -117,9 +118,7 @@ def check_segments(case: SegmentCase, device: str) -> None:
         lens = torch.tensor(case.lens, dtype=torch.int32, device=device)
         indices = None if case.indices is None else torch.tensor(case.indices, device=device)
         wrapper = SegmentGEMMWrapper(x, backend="sm80" if device == "cpu" else "auto")
-        again = wrapper.forward(
-            x, weights, len(case.lens), case.column_major, seg_lens=lens, weight_indices=indices
-        )
+        again = wrapper.forward(x, weights, len(case.lens), case.column_major, seg_lens=lens, weight_indices=indices)
         assert torch.equal(again, got)
 
 
@@ -163,7 +162,9 @@ def check_bmm_fp8(case: Fp8Case, device: str) -> None:
     b = randn(case.batch_size, case.n, case.k, dtype=torch.float32, device=device, seed=2).to(case.b_dtype)
     b = b.transpose(1, 2) if case.column_major else b.transpose(1, 2).contiguous()
     scales = (0.25, 0.75)
-    oracle = reference.bmm(a.double(), b.double(), *scales) if case.batch_size else a.new_zeros(0, case.m, case.n).double()
+    oracle = (
+        reference.bmm(a.double(), b.double(), *scales) if case.batch_size else a.new_zeros(0, case.m, case.n).double()
+    )
     a_scale, b_scale = (torch.tensor(s, device=device) for s in scales)
     got = bmm_fp8(a, b, a_scale, b_scale[None], case.dtype)
     assert_close(got, oracle, oracle.to(case.dtype))
@@ -231,7 +232,7 @@ def check_gemm(case: GemmCase, device: str) -> None:
         return strided(c if case.beta else poisoned(c.shape, c.dtype, device))
 
     got = target()
-    factors = {"alpha": case.alpha, "beta": case.beta, "out_dtype": case.out_dtype}
+    factors: dict[str, Any] = {"alpha": case.alpha, "beta": case.beta, "out_dtype": case.out_dtype}
     assert gemm_persistent(a, b.t(), got, num_sms=case.num_sms, **factors) is got
     assert_close(got, oracle, peer)
     assert torch.equal(gemm_descriptor_persistent(a, b, target(), num_sms=case.num_sms, **factors), got)

@@ -1,6 +1,7 @@
 """Cases of the paged cache, and what must hold for each: on the CPU, in Triton's interpreter and on a GPU."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ class PageTable:
         """The same as int64 tensors of stride 2."""
         names = ("kv_indptr", "kv_indices", "kv_last_page_len", "batch_indices", "positions")
         tensors = {name: getattr(self, name).long() for name in names}
-        return replace(self, **{name: torch.stack([x, x], 1)[:, 0] for name, x in tensors.items()})
+        wide: dict[str, Any] = {name: torch.stack([x, x], 1)[:, 0] for name, x in tensors.items()}
+        return replace(self, **wide)
 
     def slots(self, page_size: int) -> tuple[Tensor, Tensor]:
         """Page and slot of each new token, by definition, on the CPU."""

@@ -1,7 +1,7 @@
 """Cases of the rotary embeddings, and what must hold for each: on the CPU, in Triton's interpreter and on a GPU."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ SMALL_CASES = (
     RopeCase(2, (5, 5), 40, interleave=True, dtype=torch.float32),
     RopeCase(3, (4, 1), 128, rope_theta=5e5, rope_scale=8.0),
     RopeCase(0),
+    RopeCase(2, (3, 0)),  # queries alone
 )
 CASES = SMALL_CASES + tuple(
     RopeCase(nnz, heads, head_dim, rotary_dim, interleave, dtype, with_strides, max_position)
@@ -276,7 +277,7 @@ def check_quantize_append(case: QuantizeCase, kv_layout: str, device: str) -> No
         before = [by_token(x, layout).clone() for x in caches]
         ckv_and_kpe, k_and_v = (caches[0][:, :, 0], caches[1][:, :, 0]), (caches[0], caches[1])
         got = rope.rope_quantize_fp8_append_paged_kv_cache(
-            **parts, v=None if case.mla else v, cos_sin_cache=cos_sin, pos_ids=table.positions,
+            **cast("dict[str, Any]", parts), v=None if case.mla else v, cos_sin_cache=cos_sin, pos_ids=table.positions,
             paged_kv_cache=ckv_and_kpe if case.mla else k_and_v, kv_indices=table.kv_indices, kv_indptr=table.kv_indptr,
             batch_indices=table.batch_indices, positions=table.positions, is_neox=not case.interleave,
             quant_scale_q=3.0, quant_scale_kv=0.5, page_size=shape.page_size, kv_layout=kv_layout,

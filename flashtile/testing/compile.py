@@ -1,7 +1,6 @@
 """Compile kernels for a GPU that need not be present, and read what the compiler made of them."""
 
 import re
-import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -45,11 +44,11 @@ class Compiled:
     log: str
 
 
-def ptxas() -> str:
-    """The path of the ptxas inside the triton wheel."""
-    import triton
+def ptxas(capability: int) -> str:
+    """The path of the ptxas that Triton itself uses for compute capability 80, 90, ...: its wheel may hold several."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
+    return str(get_ptxas(capability).path)
 
 
 def compile_for(case: CompileCase, capability: int) -> Compiled:
@@ -78,19 +77,19 @@ def compile_for(case: CompileCase, capability: int) -> Compiled:
         target=GPUTarget("cuda", capability, 32),
         options=options,
     )
-    log = _ptxas_log(compiled.asm["ptx"], case.maxnreg)
+    log = _ptxas_log(compiled.asm["ptx"], capability, case.maxnreg)
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     return Compiled(registers, spills, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"], log)
 
 
-def _ptxas_log(ptx: str, maxnreg: int | None) -> str:
+def _ptxas_log(ptx: str, capability: int, maxnreg: int | None) -> str:
     target = re.search(r"\.target (sm_\w+)", ptx)
     assert target is not None, "PTX without a .target line"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [shutil.which(ptxas()) or ptxas(), "-v", f"-arch={target[1]}", str(path), "-o", str(path) + ".cubin"]
+        command = [ptxas(capability), "-v", f"-arch={target[1]}", str(path), "-o", str(path) + ".cubin"]
         if maxnreg is not None:
             command.append(f"--maxrregcount={maxnreg}")
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -1,1 +1,1 @@
-"""FlashInfer's names for single Triton kernels. (This package is not Triton itself, and importing it does not import it.)"""
+"""FlashInfer's names for single Triton kernels. This package is not Triton, nor does importing it import Triton."""

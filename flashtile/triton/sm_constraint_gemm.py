@@ -64,8 +64,8 @@ def gemm_descriptor_persistent(
 ) -> Tensor:
     """`gemm_persistent` for b [n, k]: alpha a b^T + beta c.
 
-    Descriptors (TMA) are used where GPU, shapes and strides allow, here as in the other functions. EPILOGUE_SUBTILE is a
-    hint: the Hopper kernel always stores a tile in parts.
+    Descriptors (TMA) are used where GPU, shapes and strides allow, here as in the other functions. EPILOGUE_SUBTILE is
+    a hint: the Hopper kernel always stores a tile in parts.
     """
     checks.check_shape("a", a, ("m", "k"))
     checks.check_shape("b", b, ("n", a.shape[1]))

@@ -6,15 +6,23 @@ import pytest
 import torch
 
 from flashtile.config import capability, portable
-from flashtile.plan.problem import Problem, Workload
-from flashtile.testing.cases_attention import CASES, AttentionCase, expected, make_inputs, make_wrapper, run_case
+from flashtile.plan.problem import Workload
+from flashtile.testing.cases_attention import (
+    CASES,
+    AttentionCase,
+    expected,
+    make_inputs,
+    make_wrapper,
+    problem_of,
+    run_case,
+)
 from flashtile.testing.tolerance import assert_close
 
 
 def run(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
     x = make_inputs(case, dtype, "cuda")
     lens = case.query_lens
-    problem = Problem(*case.heads, case.head_dim, case.dim_vo, dtype, dtype, dtype, page_size=case.page_size)
+    problem = problem_of(case, dtype)
     work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
     config = replace(portable(problem, work, capability(x.q.device)), kv_chunk=kv_chunk)
     out, lse = run_case(x, make_wrapper(x, "cuda", config=config))

@@ -61,7 +61,8 @@ def test_backends_agree() -> None:
             SegmentGEMMWrapper(x, backend="sm90")
         return
     first, second = (
-        SegmentGEMMWrapper(x, backend=backend).run(x, weights, 2, True, seg_indptr=indptr) for backend in ("sm80", "sm90")
+        SegmentGEMMWrapper(x, backend=backend).run(x, weights, 2, True, seg_indptr=indptr)
+        for backend in ("sm80", "sm90")
     )
     assert_close(first, second.double(), second)
 
@@ -86,7 +87,11 @@ def test_hopper_tiles(config: GemmConfig, column_major: bool, monkeypatch: pytes
 
     monkeypatch.setattr(kernels, "choose", lambda *args: config)
     base = cases.SegmentCase((1, 200, 0, 130, 64, 700), 320, 392, torch.bfloat16, column_major, 5, before=3, after=77)
-    for case in (base, replace(base, d_in=100 if column_major else 64), replace(base, lens=(2,) * 40, dtype=torch.float16)):
+    for case in (
+        base,
+        replace(base, d_in=100 if column_major else 64),
+        replace(base, lens=(2,) * 40, dtype=torch.float16),
+    ):
         d_in = case.d_in // 8 * 8
         cases.check_segments(replace(case, d_in=d_in), "cuda")
 

@@ -6,15 +6,23 @@ import pytest
 import torch
 
 from flashtile.config import portable
-from flashtile.plan.problem import Problem, Workload
-from flashtile.testing.cases_attention import CASES, AttentionCase, expected, make_inputs, make_wrapper, run_case
+from flashtile.plan.problem import Workload
+from flashtile.testing.cases_attention import (
+    CASES,
+    AttentionCase,
+    expected,
+    make_inputs,
+    make_wrapper,
+    problem_of,
+    run_case,
+)
 from flashtile.testing.tolerance import assert_close
 
 DTYPES = (torch.float16, torch.float32)
 
 
 def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0):
-    problem = Problem(*case.heads, case.head_dim, case.dim_vo, dtype, dtype, dtype, page_size=case.page_size)
+    problem = problem_of(case, dtype)
     lens = case.query_lens
     work = Workload(len(lens), sum(lens), max(lens, default=0), sum(case.kv_lens), max(case.kv_lens))
     return replace(portable(problem, work, (8, 0)), kv_chunk=kv_chunk)

@@ -17,7 +17,7 @@ def grouped_gemm(
     num_sms: int,
     backend: str,
 ) -> None:
-    """out = alpha x weight + beta out, for each batch entry, or for each segment of the only one; see flashtile/gemm.py."""
+    """out = alpha x weight + beta out for each batch entry, or each segment of the only one; see flashtile/gemm.py."""
     for scale in (x_scale, weight_scale):
         alpha *= 1.0 if scale is None else float(scale)
     if seg_indptr is None:

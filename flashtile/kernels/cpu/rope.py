@@ -45,21 +45,24 @@ def rope_cached_inplace(q: Tensor, k: Tensor, *args) -> None:
 
 
 def rotate(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> None:
+    """q and k [nnz, num_heads, head_dim] turned by angles whose cos and sin are given, [nnz, rotary_dim / 2]."""
     rotary_dim = 2 * cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
     for out, x in ((q_out, q), (k_out, k)):
-        if out is not x and rotary_dim < x.shape[-1]:
-            out[..., rotary_dim:] = x[..., rotary_dim:]
-        first, second = (part.float() for part in _pairs(x, rotary_dim, interleave))
-        first_out, second_out = _pairs(out, rotary_dim, interleave)
-        turned = torch.mul(first, cos).addcmul_(
-            second, sin, value=-1
-        )  # before second_out, which may be second, changes
-        second_out.copy_(torch.mul(second, cos).addcmul_(first, sin))
-        first_out.copy_(turned)
+        if out.dtype != torch.float32:
+            y = x.float()
+        else:
+            y = out if out is x else out.copy_(x)
+        first, second = _pairs(y, rotary_dim, interleave)
+        crossed = first * sin
+        first.mul_(cos).addcmul_(second, sin, value=-1)
+        second.mul_(cos).add_(crossed)
+        if y is not out:
+            out.copy_(y)
 
 
 def _pairs(x: Tensor, rotary_dim: int, interleave: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and of the second element of each pair."""
     if interleave:
         return x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
     return x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]

@@ -13,6 +13,7 @@ import torch
 from flashtile import config as configs
 from flashtile.config import num_sms
 from flashtile.kernels import attention as portable
+from flashtile.kernels import softmax
 from flashtile.kernels.attention import launch_merge
 from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier
 from flashtile.kernels.hopper.loader import loader
@@ -29,10 +30,10 @@ from flashtile.kernels.hopper.spec import (
     registers,
     rows_layout,
 )
-from flashtile.kernels.softmax import LOG2_E
 from flashtile.plan.plan import Plan, make_plan
 from flashtile.testing.compile import CompileCase
 
+LOG2_E: float = softmax.LOG2_E.value
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 
@@ -57,14 +58,14 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "stride_on",
-        "stride_oh", "o_cols", "o_rows", "num_tiles", "num_heads", "num_groups", "page_size", "boxes", "window_left", "window_reach",
+        "stride_oh", "o_cols", "o_rows", "num_tiles", "num_heads", "num_groups", "heads_per_item", "groups_per_kv_head", "pack", "page_size", "boxes", "window_left", "window_reach",
     ]
 )  # fmt: skip
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
     items_ptr, kv_indices_ptr, counter_ptr,
     q_token, q_cols, q_rows, k_page, k_token, k_head, v_page, v_token, v_head, stride_on, stride_oh, o_cols, o_rows,
-    num_tiles, num_heads, num_groups, page_size, boxes, window_left, window_reach, scale, cap_scale, C: gl.constexpr,
+    num_tiles, num_heads, num_groups, heads_per_item, groups_per_kv_head, pack, page_size, boxes, window_left, window_reach, scale, cap_scale, C: gl.constexpr,
 ):  # fmt: skip
     """One persistent CTA; see spec.py for its roles and barriers, and loader.py for what the strides mean."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -93,16 +94,17 @@ def attention_kernel(
     v = (v_desc, v_ptr, v_page, v_token, v_head)
     outputs = (
         o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr, num_heads,
-        num_groups,
+        num_groups, pack,
     )  # fmt: skip
     table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
-    window = (window_left, window_reach)
+    window = (window_left, window_reach, pack)
+    work = (items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head)
     if C.consumers == 1:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
-                (loader, (smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C)),
+                (loader, (smem, bars, q, k, v, work, table, C)),
             ],
             [loader_warps(C)],
             [registers(C)[2]],
@@ -112,7 +114,7 @@ def attention_kernel(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
                 (consumer, (1, smem, bars, outputs, scales, window, C)),
-                (loader, (smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C)),
+                (loader, (smem, bars, q, k, v, work, table, C)),
             ],
             [4, loader_warps(C)],
             [registers(C)[1], registers(C)[2]],
@@ -123,7 +125,7 @@ def attention_kernel(
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
                 (consumer, (1, smem, bars, outputs, scales, window, C)),
                 (consumer, (2, smem, bars, outputs, scales, window, C)),
-                (loader, (smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C)),
+                (loader, (smem, bars, q, k, v, work, table, C)),
             ],
             [4, 4, loader_warps(C)],
             [registers(C)[1], registers(C)[1], registers(C)[2]],
@@ -198,7 +200,8 @@ class Setup:
 
     def __init__(self, plan: Plan) -> None:
         p, c = plan.problem, plan.config
-        self.tiles = plan.num_items * (c.heads_per_item or plan.num_head_groups)
+        self.heads_per_item = c.heads_per_item or plan.num_head_groups
+        self.tiles = plan.num_items * self.heads_per_item
         self.grid = (min(self.tiles, num_sms(plan.device)),)
         self.box = box_rows(p.page_size, c.block_n)
         self.variants: dict[tuple[bool, ...], Spec] = {}
@@ -214,7 +217,7 @@ class Setup:
                 replace(
                     self.base, gather=gather, q_tma=q_tma, o_tma=o_tma, sinks=sinks,
                     dynamic=self.base.dynamic and not gather,  # only a loader of one warp can draw numbers
-                    page_size=gathered_page_size(self.base.page_size) if gather else self.base.page_size,
+                    box=0 if gather else self.box,
                 )
             )  # fmt: skip
         return self.variants[key]
@@ -235,15 +238,9 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
     p, c = plan.problem, plan.config
     return Spec(
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages, q_slots=2,
-        group=p.group_size, pack=c.pack, heads_per_item=c.heads_per_item or plan.num_head_groups, page_size=p.page_size,
-        box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
+        packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, dynamic=c.dynamic,
     )  # fmt: skip
-
-
-def gathered_page_size(page_size: int) -> int:
-    """A power of two is worth a variant of its own (shifts, no divisions); other sizes share one."""
-    return page_size if page_size & (page_size - 1) == 0 else -1
 
 
 def shared_bytes(spec: Spec) -> int:
@@ -323,7 +320,7 @@ def run(
         k_desc, v_desc = k_matrix.descriptor(k, spec.box), v_matrix.descriptor(v, spec.box)
         k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows
         v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows
-    q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, 0)
+    q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, c.pack)
     o_steps = (out_matrix.head_cols, out_matrix.head_rows) if out_matrix else (0, 0)
     cap = p.logits_soft_cap
     scale, cap_scale = (cap * LOG2_E, sm_scale / cap) if cap > 0 else (sm_scale * LOG2_E, 0.0)
@@ -333,8 +330,9 @@ def run(
         q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
         plan.items, plan.kv_indices, counter,
         *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
-        setup.tiles, p.num_qo_heads, plan.num_head_groups, max(p.page_size, 1), c.block_n // spec.box if spec.box else 0,
-        p.window_left, p.window_right + 1, float(scale), float(cap_scale), C=spec,
+        setup.tiles, p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, p.group_size // c.pack, c.pack, p.page_size,
+        c.block_n // spec.box if spec.box else 0,
+        p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
         num_warps=4, maxnreg=registers(spec)[0],
     )  # fmt: skip
     if plan.num_merges:

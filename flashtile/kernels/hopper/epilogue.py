@@ -9,6 +9,14 @@ NEG_INF = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
+def token_of(row, pack, C: gl.constexpr):
+    """The token, inside its request, of a packed row."""
+    if C.packed:
+        row = row // pack
+    return row
+
+
+@gluon.jit
 def finish(m, l, sink, C: gl.constexpr):
     """(factor on O, lse) of rows with maximum m and one more logit sink (log2 units), and sum l; all [64].
 
@@ -26,27 +34,36 @@ def finish(m, l, sink, C: gl.constexpr):
 
 
 @gluon.jit
+def times_rows(x, factor):
+    """x [64, columns] with each row multiplied by a factor [64]."""
+    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
 def rescale(acc, factor):
     """O with each row multiplied by a factor [64]."""
     out = ()
     for p in gl.static_range(len(acc)):
-        ROW: gl.constexpr = gl.SliceLayout(1, acc[p].type.layout)
-        out = out + (acc[p] * gl.convert_layout(factor, ROW, assert_trivial=True)[:, None],)
+        out = out + (times_rows(acc[p], factor),)
     return out
 
 
 @gluon.jit
 def store_rows(ptr, out, rows, valid):
     """Store rows [64] (offsets in elements) of all pieces, where valid, in the dtype of ptr."""
-    first_col = 0
     for p in gl.static_range(len(out)):
-        L: gl.constexpr = out[p].type.layout
-        ROW: gl.constexpr = gl.SliceLayout(1, L)
-        cols = first_col + gl.arange(0, out[p].shape[1], layout=gl.SliceLayout(0, L))
-        at = gl.convert_layout(rows, ROW, assert_trivial=True)[:, None] + cols[None, :]
-        keep = gl.convert_layout(valid, ROW, assert_trivial=True)[:, None]
-        gl.store(ptr + at, out[p].to(ptr.dtype.element_ty), mask=keep)
-        first_col += out[p].shape[1]
+        store_piece(ptr, out[p], rows, valid)
+        ptr += out[p].shape[1]
+
+
+@gluon.jit
+def store_piece(ptr, out, rows, valid):
+    """One piece of the head dim."""
+    ROW: gl.constexpr = gl.SliceLayout(1, out.type.layout)
+    cols = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, out.type.layout))
+    at = gl.convert_layout(rows, ROW, assert_trivial=True)[:, None] + cols[None, :]
+    keep = gl.convert_layout(valid, ROW, assert_trivial=True)[:, None]
+    gl.store(ptr + at, out.to(ptr.dtype.element_ty), mask=keep)
 
 
 @gluon.jit
@@ -71,7 +88,7 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
     tile's head group.
     """
     (desc, out_ptr, stride_on, stride_oh, head_cols, head_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-     num_heads, num_groups) = outputs  # fmt: skip
+     num_heads, num_groups, pack) = outputs  # fmt: skip
     q_begin = tiles.read(ring, count, tiles.Q_BEGIN)
     qo_len = tiles.read(ring, count, tiles.QO_LEN)
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
@@ -80,8 +97,10 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
         slot = tiles.read(ring, count, tiles.SLOT)
 
     own = gl.arange(0, ROWS, layout=row_layout())
-    token = (row_begin + own) // C.pack
-    heads = head * C.pack + (row_begin + own) % C.pack
+    token = token_of(row_begin + own, pack, C)
+    heads = head + gl.zeros_like(own)
+    if C.packed:
+        heads = head * pack + (row_begin + own) % pack
     valid = token < qo_len
     sink = m
     if C.sinks:

@@ -1,12 +1,12 @@
-"""Grouped matrix products for Hopper: a persistent kernel with TMA, wgmma and specialised warps, behind the launcher of the
-portable kernel (kernels/gemm.py), which takes over where TMA cannot express the strides.
+"""Grouped matrix products for Hopper: a persistent kernel with TMA, wgmma and specialised warps, behind the launcher of
+the portable kernel (kernels/gemm.py), which takes over where TMA cannot express the strides.
 
 A tile is 64 rows for each consumer times block_n columns. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
   loader (1 warp)        walks the segments to the tiles of its CTA, and fetches x and the weight by TMA, stages ahead
 
-Matrices are seen as two-dimensional: batch i, or weight i, begins at row i * step. Boxes may reach into the next segment's
-rows of x or the next weight's columns: those products are not stored.
+Matrices are seen as two-dimensional: batch i, or weight i, begins at row i * step. Boxes may reach into the next
+segment's rows of x or the next weight's columns: those products are not stored.
 
 Barriers (mbarriers):
   full[stage]        loader (bytes landed)                         -> consumers
@@ -18,7 +18,6 @@ Barriers (mbarriers):
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flashtile.config import GemmConfig, num_sms
@@ -43,7 +42,8 @@ RING = gl.constexpr(4)  # tiles that the loader may hand over ahead
 WARP = gl.constexpr(32)
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of the loader: one value per lane
-# Fields of a tile: first row and column in the output; rows of it from there on; steps of its product, -1: no tile is left
+# Fields of a tile: first row and column in the output; rows of the segment from there on; steps of the product, -1
+# after the last tile
 ROW, COL, LEFT, STEPS = (gl.constexpr(i) for i in range(4))
 
 
@@ -61,7 +61,7 @@ class Spec:
     beta: bool
     x_scale: bool
     weight_scale: bool
-    slots: int = 2  # buffers of a consumer on the way to global memory
+    slots: int  # buffers of a consumer on the way to global memory: one or two for the pieces of a tile in turn
 
 
 @gluon.constexpr_function
@@ -361,6 +361,7 @@ def launch(
     spec = Spec(
         config.block_m // ROWS.value, config.block_n, config.num_stages, config.group_m, seg_indptr is not None,
         weight_indices is not None, column_major, beta != 0, x_scale is not None, weight_scale is not None,
+        slots=min(2, config.block_n // PART.value),
     )  # fmt: skip
     columns = 128 // x.element_size()
     grid = min(config.max_tiles(segments, batches * num_rows, d_out), sm_limit or num_sms(out.device))
@@ -401,15 +402,30 @@ def compile_cases() -> Iterator[CompileCase]:
         (2, 256, 4, gl.bfloat16, False, True),
         (2, 128, 6, gl.float16, True, False),
         (1, 256, 5, gl.bfloat16, True, True),
+        (1, 128, 8, gl.bfloat16, True, True),
+        (2, 64, 8, gl.bfloat16, False, True),
+        (1, 64, 10, gl.bfloat16, True, True),
         (2, 256, 4, gl.float8e4nv, True, False),
         (2, 256, 4, gl.float8e5, True, False),
     ):
         narrow = dtype.primitive_bitwidth == 8
-        spec = Spec(consumers, block_n, stages, 16, ragged, ragged, column_major, not ragged and not narrow, narrow, narrow)
+        spec = Spec(
+            consumers,
+            block_n,
+            stages,
+            16,
+            ragged,
+            ragged,
+            column_major,
+            not ragged and not narrow,
+            narrow,
+            narrow,
+            min(2, block_n // 64),
+        )
         k = block_k(dtype)
         box = [block_n, k] if column_major else [k, PART.value]
         out = "bf16" if narrow else str(dtype)
-        signature = {name: "i32" for name in grouped_gemm_kernel.arg_names}
+        signature = dict.fromkeys(grouped_gemm_kernel.arg_names, "i32")
         signature |= {
             "x_desc": f"tensordesc<{dtype}[64, {k}],{shared_layout(dtype)!r}>",
             "weight_desc": f"tensordesc<{dtype}{box},{shared_layout(dtype)!r}>",

@@ -59,14 +59,20 @@ def strips(buf, ROWS_EACH: gl.constexpr):
 @gluon.jit
 def copy_box(desc, bufs, slot, row, col, bar, i):
     """Copy one box of rows, the whole head dim of them, to the i-th such part of a slot."""
-    BOX: gl.constexpr = desc.block_type.shape[0]
     for p in gl.static_range(len(bufs)):
-        view = strips(bufs[p], BOX)
-        PANELS: gl.constexpr = bufs[p].shape[2] // view.shape[2]
-        for c in gl.static_range(PANELS):
-            strip = (slot * PANELS + c) * (bufs[p].shape[1] // BOX) + i
-            tma_load(desc, [row, col], bar, view.index(strip))
-            col += view.shape[2]
+        col = copy_box_piece(desc, bufs[p], slot, row, col, bar, i)
+
+
+@gluon.jit
+def copy_box_piece(desc, buf, slot, row, col, bar, i):
+    """One piece of the head dim; returns the column after it."""
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    view = strips(buf, BOX)
+    PANELS: gl.constexpr = buf.shape[2] // view.shape[2]
+    for c in gl.static_range(PANELS):
+        tma_load(desc, [row, col], bar, view.index((slot * PANELS + c) * (buf.shape[1] // BOX) + i))
+        col += view.shape[2]
+    return col
 
 
 @gluon.jit
@@ -76,10 +82,11 @@ def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.const
     kv_indices_ptr, page_size, boxes = table
     row = head * head_rows
     col = head * head_cols
-    if C.page_size != 0:
+    if C.paged:
+        if C.box == C.block_n:
+            row += n * C.block_n % page_size
         for i in range(0, boxes):
-            page = tiles.field(pages, i)
-            copy_box(desc, bufs, slot, row + page * page_rows + n * C.block_n % C.page_size, col, bar, i)
+            copy_box(desc, bufs, slot, row + tiles.field(pages, i) * page_rows, col, bar, i)
     else:
         copy_box(desc, bufs, slot, row + base + n * C.block_n, col, bar, 0)
 
@@ -90,7 +97,7 @@ def gather_block(source, bufs, scratch, bar, base, head, n, kv_len, pages, table
     desc, ptr, page_step, token_step, head_step = source
     kv_indices_ptr, page_size, boxes = table
     tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
-    if C.page_size != 0:
+    if C.paged:
         offsets = pages.to(gl.int64) * page_step + (tokens % page_size).to(gl.int64) * token_step
     else:
         offsets = (base + tokens).to(gl.int64) * token_step
@@ -118,16 +125,17 @@ def gather_rows(ptr, offsets, out, valid, C: gl.constexpr):
 def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
     """Start to read the page ids of KV block n, where there are any. Past the request's pages they are -1 (TMA), 0 (gather)."""
     kv_indices_ptr, page_size, boxes = table
-    if C.page_size != 0 and C.gather:  # the page of each token
+    if C.paged and C.gather:  # the page of each token
         tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
         entry = (base + tokens // page_size).to(gl.int64)
         pages = gl.load(kv_indices_ptr + entry, mask=(tokens < kv_len) & valid, other=0)
-    elif C.page_size != 0:  # one page per lane
+    elif C.paged:  # one page per lane
         lane = gl.arange(0, WARP, layout=tiles.lane_layout(loader_warps(C)))
-        PAGES: gl.constexpr = max(C.block_n // C.page_size, 1)
-        entry = (base + n * C.block_n // C.page_size).to(gl.int64) + lane
-        inside = (lane < PAGES) & (n * C.block_n + lane * C.page_size < kv_len)
-        pages = gl.load(kv_indices_ptr + entry, mask=inside & valid, other=-1)
+        entry = n * (C.block_n // C.box)
+        if C.box == C.block_n:
+            entry = n * C.block_n // page_size
+        inside = (lane < C.block_n // C.box) & (n * C.block_n + lane * C.box < kv_len)
+        pages = gl.load(kv_indices_ptr + (base + entry).to(gl.int64) + lane, mask=inside & valid, other=-1)
     else:
         pages = gl.to_tensor(0)
     return pages
@@ -181,40 +189,43 @@ def load_v(it, tails, source, smem, bars, base, head, n, kv_len, pages, table, C
 def clear_tail(bufs, slot, valid):
     """Zero the rows of a V block from `valid` on: they may hold NaN, which P = 0 would not undo."""
     for p in gl.static_range(len(bufs)):
-        view = strips(bufs[p], 8)
-        STRIPS: gl.constexpr = bufs[p].shape[1] // 8
-        PANELS: gl.constexpr = bufs[p].shape[2] // view.shape[2]
-        L: gl.constexpr = copy_layout(view.shape[2], 1)
-        rows = gl.arange(0, 8, layout=gl.SliceLayout(1, L))[:, None]
-        for i in range(gl.maximum(valid, 0) // 8, STRIPS):
-            for c in gl.static_range(PANELS):
-                strip = view.index((slot * PANELS + c) * STRIPS + i)
-                x = strip.load(L)
-                strip.store(gl.where(rows < valid - i * 8, x, gl.zeros_like(x)))
+        clear_tail_piece(bufs[p], slot, gl.maximum(valid, 0))
     fence_async_shared()
 
 
 @gluon.jit
-def copy_packed_rows(ptr, token_step, head_step, bufs, slot, q_begin, qo_len, row_begin, head, C: gl.constexpr):
-    """Start to copy the packed query rows of a tile by 16-byte copies; rows past qo_len keep what was there."""
-    first_col = 0
-    for p in gl.static_range(len(bufs)):
-        view = strips(bufs[p], 8)
-        WIDTH: gl.constexpr = view.shape[2]
-        PANELS: gl.constexpr = bufs[p].shape[2] // WIDTH
-        L: gl.constexpr = copy_layout(WIDTH, 1)
-        cols = first_col + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
-        rows = gl.minimum(qo_len * C.pack - row_begin, C.consumers * ROWS)
-        for i in range(0, (rows + 7) // 8):  # rows of consumer w are 64 w .. 64 w + 63: strips 8 w .. 8 w + 7 of each panel
-            packed = row_begin + i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, L))
-            token = packed // C.pack
-            heads = head * C.pack + packed % C.pack
-            offsets = ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
-            for c in gl.static_range(PANELS):
-                strip = ((slot * C.consumers + i // 8) * PANELS + c) * 8 + i % 8
-                at = offsets[:, None] + (cols + c * WIDTH)[None, :]
-                cp_async(view.index(strip), ptr + at, mask=(token < qo_len)[:, None])
-        first_col += bufs[p].shape[2]
+def clear_tail_piece(buf, slot, valid):
+    """One piece of the head dim."""
+    view = strips(buf, 8)
+    STRIPS: gl.constexpr = buf.shape[1] // 8
+    PANELS: gl.constexpr = buf.shape[2] // view.shape[2]
+    L: gl.constexpr = copy_layout(view.shape[2], 1)
+    rows = gl.arange(0, 8, layout=gl.SliceLayout(1, L))[:, None]
+    for i in range(valid // 8, STRIPS):
+        for c in gl.static_range(PANELS):
+            strip = view.index((slot * PANELS + c) * STRIPS + i)
+            x = strip.load(L)
+            strip.store(gl.where(rows < valid - i * 8, x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def copy_packed_rows(source, buf, slot, first_col, q_begin, qo_len, row_begin, head, C: gl.constexpr):
+    """Start to copy one piece of a tile's packed query rows by 16-byte copies; rows past qo_len keep what was there."""
+    desc, ptr, token_step, head_step, pack = source
+    view = strips(buf, 8)
+    WIDTH: gl.constexpr = view.shape[2]
+    PANELS: gl.constexpr = buf.shape[2] // WIDTH
+    L: gl.constexpr = copy_layout(WIDTH, loader_warps(C))
+    cols = first_col + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
+    rows = gl.minimum(qo_len * pack - row_begin, C.consumers * ROWS)
+    for i in range(0, (rows + 7) // 8):  # rows of consumer w are 64 w .. 64 w + 63: strips 8 w .. 8 w + 7 of each panel
+        packed = row_begin + i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, L))
+        token = packed // pack
+        heads = head * pack + packed % pack
+        offsets = ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
+        for c in gl.static_range(PANELS):
+            strip = view.index(((slot * C.consumers + i // 8) * PANELS + c) * 8 + i % 8)
+            cp_async(strip, ptr + (offsets[:, None] + (cols + c * WIDTH)[None, :]), mask=(token < qo_len)[:, None])
 
 
 @gluon.jit
@@ -235,21 +246,25 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
             copy_box(desc, smem[0], slot * C.consumers + w, row, head * head_cols, bar, 0)
     else:
         qo_len = tiles.field(item, tiles.QO_LEN)
-        copy_packed_rows(ptr, token_step, head_cols, smem[0], slot, q_begin, qo_len, row_begin, head, C)
+        first_col = 0
+        for p in gl.static_range(len(smem[0])):
+            copy_packed_rows(source, smem[0][p], slot, first_col, q_begin, qo_len, row_begin, head, C)
+            first_col += smem[0][p].shape[2]
         cp_async_arrive(bar, increment_count=True)
         mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit
-def loader(smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C: gl.constexpr):
+def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
     """The loader's role; see the module's docstring."""
+    items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head = work
     ring = smem[4]
     tile_full = bars[4]
     cta = gl.program_id(0)
     ctas = gl.num_programs(0)
 
     t = cta
-    item = tiles.with_head(tiles.fetch(items_ptr, t, num_tiles, C), t, num_tiles, C)
+    item = tiles.with_head(tiles.fetch(work, t, C), t, work)
     tiles.publish(ring, tile_full, 0, item)
     count = gl.to_tensor(0)  # tiles handed over, less one
     it = gl.to_tensor(0)  # blocks of K requested by this CTA, less one
@@ -260,11 +275,11 @@ def loader(smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C: gl.
     base = tiles.field(item, tiles.KV_BASE)
     kv_len = tiles.field(item, tiles.KV_LEN)
     first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-    kv_head = head * C.pack // C.group
+    kv_head = head // groups_per_kv_head
     pages = load_pages(table, base, n, kv_len, True, C)
     load_q(0, item, q, smem, bars, C)
     t = ctas + (cta if C.dynamic else ctas - 1 - cta)
-    item = tiles.fetch(items_ptr, t, num_tiles, C)
+    item = tiles.fetch(work, t, C)
     if C.dynamic:
         drawn = tiles.take_number(counter_ptr)
     load_k(0, k, smem, bars, base, kv_head, n, kv_len, pages, table, C)
@@ -280,7 +295,7 @@ def loader(smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C: gl.
         v_pages = pages
         v_fresh = fresh
         if v_fresh:
-            item = tiles.with_head(item, t, num_tiles, C)
+            item = tiles.with_head(item, t, work)
             count += 1
             tiles.publish(ring, tile_full, count, item)
         q_item = item
@@ -290,7 +305,7 @@ def loader(smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C: gl.
             base = tiles.field(item, tiles.KV_BASE)
             kv_len = tiles.field(item, tiles.KV_LEN)
             first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-            kv_head = head * C.pack // C.group
+            kv_head = head // groups_per_kv_head
             more = head >= 0
             pages = load_pages(table, base, n, kv_len, more, C)
             if C.dynamic:
@@ -302,7 +317,7 @@ def loader(smem, bars, q, k, v, items_ptr, num_tiles, counter_ptr, table, C: gl.
                     drawn = tiles.take_number(counter_ptr)
             else:  # there and back again, so that no CTA always gets the longer tile of a round
                 t = (t // ctas + 1) * ctas + (ctas - 1 - t % ctas)
-            item = tiles.fetch(items_ptr, t, num_tiles, C)
+            item = tiles.fetch(work, t, C)
         else:
             n -= 1
             pages = pages_next

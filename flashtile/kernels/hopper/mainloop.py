@@ -21,7 +21,7 @@ from flashtile.kernels.hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashtile.kernels.hopper.epilogue import rescale, store_tile
+from flashtile.kernels.hopper.epilogue import rescale, store_tile, token_of
 from flashtile.kernels.hopper.loader import stage
 from flashtile.kernels.hopper.spec import (
     K_EMPTY,
@@ -116,28 +116,29 @@ def to_logits(s, cap_scale, C: gl.constexpr):
 
 
 @gluon.jit
-def limits(ring, count, window_left, window_reach, W: gl.constexpr, C: gl.constexpr):
+def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
     """What consumer W's rows of tile number `count` may see.
 
     Returns:
         last: the tile's last KV block; blocks: how many it has; full, left: blocks from `full` on, or before `left`, hold
         keys that some row must not see; high, low: each row sees keys low <= key < high, [64].
     """
+    window_left, window_reach, pack = window
     kv_end = tiles.read(ring, count, tiles.KV_END)
     first, last = tiles.block_range(tiles.read(ring, count, tiles.KV_BEGIN), kv_end, C)
     offset = tiles.read(ring, count, tiles.KV_LEN) - tiles.read(ring, count, tiles.QO_LEN)
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
-    position = (row_begin + gl.arange(0, ROWS, layout=row_layout())) // C.pack + offset
+    position = token_of(row_begin + gl.arange(0, ROWS, layout=row_layout()), pack, C) + offset
     high = gl.zeros_like(position) + kv_end
     lowest = kv_end
     if C.right:
         high = gl.minimum(high, position + window_reach)
-        lowest = gl.minimum(kv_end, row_begin // C.pack + offset + window_reach)
+        lowest = gl.minimum(kv_end, token_of(row_begin, pack, C) + offset + window_reach)
     left = gl.to_tensor(0)
     low = position
     if C.left:
         low = position - window_left
-        highest = (row_begin + ROWS - 1) // C.pack + offset - window_left
+        highest = token_of(row_begin + ROWS - 1, pack, C) + offset - window_left
         left = (gl.maximum(highest, 0) + C.block_n - 1) // C.block_n
     return last, last - first + 1, gl.maximum(lowest, 0) // C.block_n, left, high, low
 
@@ -235,7 +236,6 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
     """
     q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch = smem
     q_full, q_empty, k_full, v_full, tile_full, tail_full = bars
-    window_left, window_reach = window
     dtype: gl.constexpr = q_bufs[0].dtype
     HALF: gl.constexpr = half_first(C) and W == 0
     KEYS: gl.constexpr = C.block_n // 2 if HALF else C.block_n
@@ -246,7 +246,7 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
     count = gl.to_tensor(0)  # tiles this CTA has finished
     wait_full(tile_full, 0, 4)
     head = tiles.read(ring, 0, tiles.HEAD)
-    tile = limits(ring, 0, window_left, window_reach, W, C)
+    tile = limits(ring, 0, window, W, C)
     wait_full(q_full, 0, C.q_slots)
     if not C.q_tma:
         fence_async_shared()
@@ -282,7 +282,7 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
         wait_full(tile_full, count, 4)
         head_done = head
         head = tiles.read(ring, count, tiles.HEAD)
-        tile = limits(ring, count, window_left, window_reach, W, C)
+        tile = limits(ring, count, window, W, C)
         more = head >= 0
         visible(v_full, it, C)
         take_turn(W, C)

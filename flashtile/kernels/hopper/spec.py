@@ -34,7 +34,7 @@ V_EMPTY = gl.constexpr(12)
 class Spec:
     """A kernel variant. Every field is a compile-time constant; see the functions below for what follows from them.
 
-    page_size: tokens of a page; 0: KV is ragged; -1: paged, but the size is a run-time argument.
+    packed: a tile's rows are (token, head of a group), not tokens of one head. paged: KV rows are found by page ids.
     gather: rows of K and V are copied one by one; else by TMA, in boxes of `box` rows.
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's position.
@@ -46,10 +46,8 @@ class Spec:
     consumers: int
     stages: int
     q_slots: int
-    group: int
-    pack: int
-    heads_per_item: int
-    page_size: int = 0
+    packed: bool = False
+    paged: bool = False
     gather: bool = False
     box: int = 128
     q_tma: bool = True

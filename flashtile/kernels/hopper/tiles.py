@@ -1,6 +1,7 @@
 """The list of work tiles: which tile a CTA takes next, and how the loader tells the consumers.
 
-A tile is one head (group) of a list entry. The loader reads the entry, one field per lane, a tile ahead, and hands it over
+A tile is one head (group) of a list entry. `work` is (items_ptr, counter_ptr, num_tiles, heads_per_item,
+groups_per_kv_head): tile t is head group t % heads_per_item of entry t // heads_per_item. The loader reads the entry, one field per lane, a tile ahead, and hands it over
 through a ring in shared memory; HEAD then holds the tile's own head group, or -1 after the last tile.
 """
 
@@ -27,10 +28,11 @@ def lane_layout(warps):
 
 
 @gluon.jit
-def fetch(items_ptr, t, num_tiles, C: gl.constexpr):
+def fetch(work, t, C: gl.constexpr):
     """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 past the last tile."""
+    items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head = work
+    entry = (t // heads_per_item).to(gl.int64)
     lane = gl.arange(0, WARP, layout=lane_layout(loader_warps(C)))
-    entry = (t // C.heads_per_item).to(gl.int64)
     return gl.load(items_ptr + entry * FIELDS + lane, mask=(lane < FIELDS) & (t < num_tiles), other=-1)
 
 
@@ -42,10 +44,11 @@ def field(item, i):
 
 
 @gluon.jit
-def with_head(item, t, num_tiles, C: gl.constexpr):
+def with_head(item, t, work):
     """The entry of tile t with the tile's own head group in it."""
+    items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head = work
     lane = gl.arange(0, WARP, layout=item.type.layout)
-    return item + gl.where((lane == HEAD) & (t < num_tiles), t % C.heads_per_item, 0)
+    return item + gl.where((lane == HEAD) & (t < num_tiles), t % heads_per_item, 0)
 
 
 @gluon.jit

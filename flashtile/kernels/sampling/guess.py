@@ -15,16 +15,21 @@ from flashtile.testing.launches import recorded
 
 RUN = 8  # consecutive entries of the sample: a 32-byte sector
 SIGMAS = 4.0  # half the width of a bracket, in standard errors: a row in 10,000 is outside
+GRAIN = 17  # bits of a float that guesses leave 0: their values are 1.6 % apart
 NO_LIMIT = 2**31 - 1  # top_k that is off
 
 _RUN = tl.constexpr(RUN)
 _SIGMAS = tl.constexpr(SIGMAS)
+_GRAIN = tl.constexpr(GRAIN)
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
+_LOWEST = tl.constexpr(-0x7F800001 >> GRAIN)  # -inf
+_HIGHEST = tl.constexpr(0x7F800000 >> GRAIN)  # inf
+_OCTAVE = tl.constexpr(1 << (23 - GRAIN))  # coarse keys between x and 2 x
 
 
 def sample_size(length: int) -> int:
     """Entries to sample from rows of `length`: a larger sample makes the guess slower, and the bracket narrower."""
-    return 2048 if length <= 65536 else 4096
+    return 1024 if length <= 65536 else 2048
 
 
 @triton.jit
@@ -58,6 +63,64 @@ def filters_of_row(
 
 
 @triton.jit
+def coarse_value(key):
+    """The float of the upper bits of a key."""
+    return value_of(key << _GRAIN)
+
+
+@triton.jit
+def first_key(x, out_key, in_key, fewer, mass, COUNT: tl.constexpr, MASS: tl.constexpr):
+    """The smallest coarse key above out_key and up to in_key, at whose value v fewer than `fewer` entries of the sample x
+    are greater than v (COUNT), or those up to v have at least `mass` (MASS)."""
+    out_key = tl.cast(out_key, tl.int32)
+    in_key = tl.cast(in_key, tl.int32)
+    while in_key - out_key > 1:
+        middle = (out_key + in_key) >> 1
+        upper = x > coarse_value(middle)
+        is_in = tl.cast(False, tl.int1)
+        if COUNT and MASS:
+            above, below = sum2(upper.to(tl.int32), tl.where(upper, 0.0, x), 0)
+            is_in = (above < fewer) | (below >= mass)
+        elif COUNT:
+            is_in = tl.sum(upper.to(tl.int32), 0) < fewer
+        else:
+            is_in = tl.sum(tl.where(upper, 0.0, x), 0) >= mass
+        in_key = tl.where(is_in, middle, in_key)
+        out_key = tl.where(is_in, out_key, middle)
+    return in_key
+
+
+@triton.jit
+def guess_top_k(x, wanted, low_key):
+    """Coarse keys (lo, hi) around the value that `wanted` entries of the sample exceed, a real number."""
+    slack = _SIGMAS * tl.sqrt(wanted)
+    out_above = tl.ceil(wanted + slack + _SIGMAS).to(tl.int32)  # a Poisson number's upper tail is the longer one
+    in_above = tl.floor(wanted - slack).to(tl.int32)
+    lo = first_key(x, low_key, _HIGHEST, out_above, 0.0, COUNT=True, MASS=False) - 1
+    hi = tl.cast(_HIGHEST, tl.int32)
+    if in_above > 0:  # otherwise the sample has no entry that surely is among the k largest
+        hi = first_key(x, lo, _HIGHEST, in_above + 1, 0.0, COUNT=True, MASS=False)
+    return lo, hi
+
+
+@triton.jit
+def guess_top_p(x, tail, floor):
+    """Coarse keys (lo, hi) around the value up to which the entries of the sample have the mass `tail`; it is above floor.
+
+    lo stays below the eighth largest entry of the sample, which knows nothing of greater ones.
+    """
+    x = tl.maximum(x, 0.0)
+    top = (key_of(tl.max(x, 0)) >> _GRAIN) + 1
+    best = first_key(x, key_of(floor) >> _GRAIN, top, 8, tail, COUNT=True, MASS=True)
+    lower = tl.where(x <= coarse_value(best), x, 0.0)
+    slack = _SIGMAS * tl.sqrt(tl.sum(lower * lower, 0))
+    lo = first_key(x, tl.maximum(best - _OCTAVE, 0), best, 8, tail - slack, COUNT=True, MASS=True) - 1
+    end = tl.minimum(best + _OCTAVE, _HIGHEST)
+    hi = first_key(x, lo, end, 0, tail + slack, COUNT=False, MASS=True)
+    return lo, tl.where(hi == end, _HIGHEST, hi)
+
+
+@triton.jit
 def guess_bracket(
     row_ptr, length, k, top_p,
     USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr, SIGNED: tl.constexpr, SAMPLE: tl.constexpr,
@@ -65,57 +128,32 @@ def guess_bracket(
     """(lo, hi): all but surely keep(lo) is false and keep(hi) is true.
 
     The sample's counts and masses estimate the row's, with the standard error of a random sample; rows are taken to sum
-    to 1. Both ends are bisected together, over the upper 16 bits of their keys.
+    to 1. Of two filters the one that keeps less decides.
     """
     offs = tl.arange(0, SAMPLE)
     offs = offs // _RUN * (length // (SAMPLE // _RUN)) + offs % _RUN
     x = tl.load(row_ptr + offs, mask=offs < length, other=-float("inf")).to(tl.float32)
     share = SAMPLE / tl.maximum(length, 1).to(tl.float32)  # of the row that is sampled
+    low_key: tl.constexpr = _LOWEST if SIGNED else 0  # of -inf, or 0: no threshold is lower
+    lo = tl.cast(low_key, tl.int32)
+    hi = tl.cast(low_key, tl.int32)
     has_k = k < _NO_LIMIT
     has_p = top_p < 1.0
-    wanted = k.to(tl.float32) * share  # entries of the sample above the k-th
-    tail = (1.0 - top_p) * share  # mass of the sample below the threshold of top-p
-    low_end: tl.constexpr = -32641 if SIGNED else 0  # -inf, or 0: no threshold is lower
-    high_end: tl.constexpr = 32640  # inf
-    out_key = tl.cast(low_end, tl.int32)  # lo: the largest known to be out
-    out_end = tl.cast(high_end, tl.int32)
-    in_end = tl.cast(low_end, tl.int32)
-    in_key = tl.cast(high_end, tl.int32)  # hi: the smallest known to be in
-    for _ in range(16 if SIGNED else 15):
-        out_mid = (out_key + out_end) >> 1
-        in_mid = (in_end + in_key) >> 1
-        lo = value_of(out_mid << 16)
-        hi = value_of(in_mid << 16)
-        above_lo, above_hi = sum2((x > lo).to(tl.int32), (x > hi).to(tl.int32), 0)
-        above_lo = above_lo.to(tl.float32)
-        above_hi = above_hi.to(tl.float32)
-        is_out = tl.cast(False, tl.int1)
-        is_in = tl.cast(True, tl.int1)
-        if USE_K:
-            is_out = is_out | (has_k & (above_lo - _SIGMAS * tl.sqrt(above_lo + 1.0) >= wanted))
-            is_in = is_in & (~has_k | (above_hi + _SIGMAS * tl.sqrt(above_hi + 1.0) <= wanted))
-        if USE_P:
-            below_lo = tl.where(x <= lo, tl.maximum(x, 0.0), 0.0)
-            below_hi = tl.where(x <= hi, tl.maximum(x, 0.0), 0.0)
-            mass_lo, squares_lo = sum2(below_lo, below_lo * below_lo, 0)
-            mass_hi, squares_hi = sum2(below_hi, below_hi * below_hi, 0)
-            # some of the sample must be above lo: it knows nothing of greater values
-            p_out = has_p & (above_lo >= 8.0) & (mass_lo + _SIGMAS * tl.sqrt(squares_lo) <= tail)
-            p_in = ~has_p | (mass_hi - _SIGMAS * tl.sqrt(squares_hi) >= tail)
-            if K_FIRST:  # top-p is of the top-k's mass, which needs all entries down to the k-th
-                is_out = is_out | (p_out & ~has_k)
-                is_in = is_in & p_in & ~has_k
-            else:
-                is_out = is_out | p_out
-                is_in = is_in & p_in
-        out_key = tl.where(is_out, out_mid, out_key)
-        out_end = tl.where(is_out, out_end, out_mid)
-        in_key = tl.where(is_in, in_mid, in_key)
-        in_end = tl.where(is_in, in_end, in_mid)
-    lo = tl.where(out_key == low_end, -float("inf") if SIGNED else 0.0, value_of(out_key << 16))
-    hi = value_of(in_key << 16)
+    if USE_K:
+        if has_k:
+            lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key)
+            if K_FIRST:
+                hi = tl.cast(_HIGHEST, tl.int32)  # top-p is of the top-k's mass, which needs all entries from the k-th on
+    if USE_P:
+        if has_p & ~(has_k & K_FIRST):
+            tail = 1.0 - top_p
+            lo_p, hi_p = guess_top_p(x, tail * share, tail / length.to(tl.float32) * 0.5)
+            lo = tl.maximum(lo, lo_p)
+            hi = tl.maximum(hi, hi_p)
+    low_end = -float("inf") if SIGNED else 0.0
     unfiltered = ~has_k & ~has_p
-    return tl.where(unfiltered, -float("inf"), lo), tl.where(unfiltered, -float("inf"), hi)
+    lower = tl.where(lo == low_key, low_end, coarse_value(lo))
+    return tl.where(unfiltered, -float("inf"), lower), tl.where(unfiltered, -float("inf"), coarse_value(hi))
 
 
 @triton.jit(do_not_specialize=["top_k"])

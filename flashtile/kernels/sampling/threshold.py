@@ -44,6 +44,7 @@ from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
 
 SLOTS = 512  # per chunk of 2048: brackets cover some 5 % of a flat distribution, 10 % at worst
+ROW_REGISTERS = 128  # per thread of step 3: left to itself, ptxas aims at fewer, and spills
 SLOT_TILE = 2048  # slots looked at together: 8 per thread of 8 warps
 
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
@@ -466,7 +467,7 @@ def _search(
     select_kernel[(num_outputs,)](
         *outputs, *work, *rows, chunks.count, *filters.arguments, *state.arguments,
         **where, **on, MASS=mass, EXACT=exact, DRAW=random is not None, WHOLE=whole, SLOTS=SLOTS, WIDTH=max(SLOT_TILE // chunks.padded, 4),
-        **state.keywords, **chunks.keywords, **after(overlap, not whole), num_warps=ROW_WARPS,
+        **state.keywords, **chunks.keywords, **after(overlap, not whole), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
     )  # fmt: skip
 
 

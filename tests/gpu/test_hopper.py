@@ -1,0 +1,137 @@
+"""The Hopper family on a GPU of compute capability 9.0: the attention cases that it serves, longer ones, and its contracts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashtile.config import Config, hopper, hopper_refusal
+from flashtile.plan.problem import Workload
+from flashtile.testing.cases_attention import (
+    CASES,
+    AttentionCase,
+    expected,
+    make_inputs,
+    make_wrapper,
+    problem_of,
+    run_case,
+)
+from flashtile.testing.tolerance import assert_close
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+_RAGGED = AttentionCase("ragged", kv_lens=(700, 130, 1), qo_lens=(300, 130, 1), heads=(4, 2), head_dim=128, page_size=0)
+_PAGED = replace(_RAGGED, name="paged", page_size=16)
+_ALIGNED = replace(_RAGGED, name="aligned", kv_lens=(384, 256, 200), qo_lens=(384, 128, 200))
+LONG_CASES = [
+    _ALIGNED,
+    replace(_ALIGNED, name="aligned.not_causal", causal=False),
+    replace(_ALIGNED, name="aligned.dim64", head_dim=64),
+    replace(_ALIGNED, name="aligned.dim256", head_dim=256),
+    replace(_ALIGNED, name="aligned.empty", kv_lens=(384, 0, 128), qo_lens=(128, 128, 384)),
+    _RAGGED,
+    replace(_RAGGED, name="ragged.not_causal", causal=False),
+    replace(_RAGGED, name="ragged.window", window_left=200),
+    replace(_RAGGED, name="ragged.window.not_causal", window_left=65, causal=False),
+    replace(_RAGGED, name="ragged.soft_cap", logits_soft_cap=20.0),
+    replace(_RAGGED, name="ragged.sinks", sinks=True),
+    replace(_RAGGED, name="ragged.hnd", kv_layout="HND"),
+    replace(_RAGGED, name="ragged.strided", strided=True),
+    replace(_RAGGED, name="ragged.group1", heads=(3, 3)),
+    replace(_RAGGED, name="ragged.large_logits", q_gain=100.0),
+    replace(_RAGGED, name="ragged.many", kv_lens=(50,) * 300, qo_lens=(33,) * 300),
+    *[replace(_RAGGED, name=f"ragged.dim{d}", head_dim=d) for d in (64, 96, 256)],
+    replace(_RAGGED, name="ragged.dim192x128", head_dim=192, head_dim_vo=128),
+    *[replace(_PAGED, name=f"paged.page{n}", page_size=n) for n in (1, 3, 8, 16, 17, 64, 128, 256)],
+    replace(_PAGED, name="paged.not_causal", causal=False),
+    replace(_PAGED, name="paged.one_tensor", one_tensor=True),
+    replace(_PAGED, name="paged.hnd", kv_layout="HND"),
+    replace(_PAGED, name="paged.strided", strided=True),
+    replace(_PAGED, name="paged.page1.window", page_size=1, window_left=100),
+    replace(_PAGED, name="paged.page1.strided", page_size=1, strided=True),
+    *[replace(_PAGED, name=f"paged.dim{d}", head_dim=d) for d in (64, 96, 256)],
+    *[replace(_PAGED, name=f"paged.page1.dim{d}", page_size=1, head_dim=d) for d in (64, 96, 256)],
+    replace(_PAGED, name="paged.append", kv_lens=(700, 1500, 64), qo_lens=(16, 3, 16), heads=(8, 2)),
+    replace(_PAGED, name="paged.append64", kv_lens=(700, 1500, 64), qo_lens=(64, 33, 16), heads=(10, 2)),
+    replace(_PAGED, name="paged.append.page1", kv_lens=(700, 1500, 64), qo_lens=(16, 3, 16), heads=(8, 2), page_size=1),
+]
+
+
+def served(case: AttentionCase) -> bool:
+    """Whether the family takes the case."""
+    plain = case.k_cache == case.v_cache == "plain" and case.scale in ("none", "float") and not case.zero
+    return plain and not hopper_refusal(problem_of(case, torch.bfloat16), (9, 0))
+
+
+def config_of(case: AttentionCase, dtype: torch.dtype) -> Config:
+    """The family's own choice."""
+    lens = case.query_lens
+    work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
+    return hopper(problem_of(case, dtype), work)
+
+
+def check(case: AttentionCase, dtype: torch.dtype, **forced: object) -> None:
+    x = make_inputs(case, dtype, "cuda")
+    config = replace(config_of(case, dtype), **forced)
+    out, lse = run_case(x, make_wrapper(x, "cuda", config=config))
+    oracle, oracle_lse = expected(x, torch.float64)
+    peer, peer_lse = expected(x, dtype)
+    assert_close(out, oracle, peer, "out")
+    assert_close(lse, oracle_lse, peer_lse, "lse")
+
+
+SERVED = [c for c in CASES if served(c)]
+SMALL = [replace(c, head_dim=128) for c in SERVED if c.head_dim == 64 and not c.head_dim_vo]
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_long(case: AttentionCase) -> None:
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_cases(case: AttentionCase) -> None:
+    check(case, torch.float16)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_dim128(case: AttentionCase) -> None:
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("forced", [{"kv_chunk": 128}, {"dynamic": True, "section_tiles": 8}], ids=["split", "dynamic"])
+@pytest.mark.parametrize("case", [c for c in LONG_CASES if c.head_dim == 128 and c.dim_vo == 128], ids=str)
+def test_schedules(case: AttentionCase, forced: dict[str, object]) -> None:
+    if config_of(case, torch.bfloat16).block_m == 64 and "dynamic" in forced:
+        forced = {"block_m": 128, **forced}
+    check(case, torch.bfloat16, **forced)
+
+
+@pytest.mark.parametrize("name", ["aligned", "ragged", "paged.page1", "paged.append"])
+def test_same_bits_100_times(name: str) -> None:
+    case = next(c for c in LONG_CASES if c.name == name)
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
+    first = run_case(x, wrapper)
+    for _ in range(100):
+        again = run_case(x, wrapper)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("sm_scale", [0.0, -0.2])
+def test_scale_that_the_kernel_does_not_take(sm_scale: float) -> None:
+    check(replace(_RAGGED, sm_scale=sm_scale), torch.bfloat16)
+
+
+def test_unaligned_rows() -> None:
+    x = make_inputs(_PAGED, torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda", config=config_of(_PAGED, torch.bfloat16))
+    first = run_case(x, wrapper)
+    wide = torch.zeros(*x.q.shape[:2], x.q.shape[2] + 1, dtype=x.q.dtype, device="cuda")
+    wide[..., 1:] = x.q
+    x.q = wide[..., 1:]  # rows at odd elements
+    again = run_case(x, wrapper)
+    torch.testing.assert_close(first[0], again[0], atol=2e-2, rtol=2e-2)

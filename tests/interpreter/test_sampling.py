@@ -1,0 +1,98 @@
+"""Sampling kernels through Triton's interpreter: the small cases of the CPU tests."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from flashtile.testing import cases_sampling as cases
+from flashtile.testing.cases_sampling import SamplingCase
+
+pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+def test_sampler(case: SamplingCase) -> None:
+    cases.check_sampler(case, "cpu")
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.8}, {"min_p": 0.1}], ids=str)
+def test_distribution(filters: dict[str, Any]) -> None:
+    cases.check_distribution(SamplingCase("steep", 30, filters, batch_size=1), 400, "cpu")
+
+
+@pytest.mark.parametrize("case", [c for c in cases.RENORM_CASES if c.rows != "few" or "top_k" in c.filters], ids=str)
+def test_renorm(case: SamplingCase) -> None:
+    cases.check_renorm(case, "cpu")
+
+
+def test_renorm_per_row() -> None:
+    cases.check_renorm_per_row("cpu")
+
+
+@pytest.mark.parametrize("vocab_size", [37, 2500])
+def test_top_k_mask_logits(vocab_size: int) -> None:
+    cases.check_mask_logits(vocab_size, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(37, torch.float16), (5003, torch.float32)])
+def test_softmax(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_softmax(vocab_size, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(37, torch.float16), (5003, torch.float32)])
+def test_sampling_from_logits(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_sampling_from_logits(vocab_size, dtype, "cpu")
+
+
+def test_top_k_top_p_sampling_from_logits() -> None:
+    cases.check_top_k_top_p_from_logits("top_k_first", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "filters"),
+    [(300, {"top_p": 0.9}), (5003, {}), (5003, {"top_k": 9, "top_p": 0.9}), (300, {"min_p": 0.1})],
+)
+def test_bad_rows_are_isolated(vocab_size: int, filters: dict[str, Any]) -> None:
+    cases.check_bad_rows(vocab_size, filters, "cpu")
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_row_alone_or_in_a_batch(filters: dict[str, Any]) -> None:
+    cases.check_row_alone(SamplingCase("steep", 2500, filters), "cpu")
+
+
+def test_indices() -> None:
+    cases.check_indices("cpu", num_outputs=7)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_large_batches_run_in_slices(filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile.kernels.sampling import rows
+
+    case = SamplingCase("flat", 2500, filters, batch_size=5)
+    whole = case.sampler()(case.probs("cpu"), seed=3)
+    monkeypatch.setattr(rows, "WORKSPACE_BYTES", 1)
+    assert torch.equal(case.sampler()(case.probs("cpu"), seed=3), whole)
+
+
+def test_vocabulary_too_long() -> None:
+    from flashtile.kernels.sampling.rows import CHUNK, MAX_CHUNKS
+
+    with pytest.raises(NotImplementedError, match="vocab_size: more than 2097152 is not implemented on CUDA"):
+        SamplingCase("", CHUNK * MAX_CHUNKS + 1).sampler()(torch.empty(1, CHUNK * MAX_CHUNKS + 1))
+
+
+@pytest.mark.parametrize("row_len", cases.TOP_K_ROWS)
+def test_top_k(row_len: int) -> None:
+    cases.check_top_k(row_len, torch.float16, "cpu")
+
+
+def test_top_k_of_windows() -> None:
+    cases.check_top_k_windows("cpu")
+    cases.check_top_k_varlen("cpu")
+
+
+@pytest.mark.parametrize("case", cases.CHAIN_CASES, ids=str)
+def test_chain_speculative_sampling(case: cases.ChainCase) -> None:
+    cases.check_chain(case, "cpu")

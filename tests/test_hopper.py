@@ -1,0 +1,76 @@
+"""What the Hopper family decides on the host: how tensors become matrices for TMA, and what fits into shared memory."""
+
+import pytest
+import torch
+
+from flashtile.config import HOPPER_DIMS, hopper, hopper_refusal
+from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, box_rows, fit, shared_bytes
+from flashtile.kernels.hopper.spec import Spec
+from flashtile.plan.problem import Problem, Workload
+
+VIEWS = {
+    "nhd": torch.zeros(7, 3, 64),
+    "hnd": torch.zeros(3, 7, 64).transpose(0, 1),
+    "strided": torch.zeros(9, 5, 80)[1:8, 1:4, 8:72],
+    "hnd.strided": torch.zeros(5, 9, 80)[1:4, 1:8, 8:72].transpose(0, 1),
+    "shared_head": torch.zeros(7, 1, 64).expand(7, 3, 64),
+    "one_head": torch.zeros(7, 1, 64),
+    "paged.nhd": torch.zeros(4, 16, 3, 64),
+    "paged.hnd": torch.zeros(4, 3, 16, 64).transpose(1, 2),
+    "paged.one_tensor": torch.zeros(4, 2, 16, 3, 64)[:, 1],
+    "paged.one_tensor.hnd": torch.zeros(4, 2, 3, 16, 64)[:, 1].transpose(1, 2),
+    "paged.layers": torch.zeros(4, 5, 2, 16, 3, 64)[:, 2, 0],
+    "paged.strided": torch.zeros(4, 17, 4, 72)[:, 1:, 1:, :64],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_element_is_where_the_matrix_says(name: str) -> None:
+    x = VIEWS[name]
+    m = as_matrix(x)
+    assert isinstance(m, Matrix)
+    pages = range(x.shape[0]) if x.dim() == 4 else [None]
+    for page in pages:
+        part = x if page is None else x[page]
+        for token in range(part.shape[0]):
+            for head in range(part.shape[1]):
+                row = (page or 0) * m.pages + token + head * m.head_rows
+                assert row < m.rows
+                assert head * m.head_cols + x.shape[-1] <= m.cols
+                at = row * m.stride + head * m.head_cols
+                assert part[token, head].storage_offset() == x.storage_offset() + at
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(7, 3, 65)[..., :64],  # rows of odd length
+        torch.zeros(7 * 3 * 64 + 1)[1:].view(7, 3, 64),  # an odd base
+        torch.zeros(1, 3, 64).expand(7, 3, 64),  # tokens that share their rows
+        torch.zeros(4, 17, 3, 64)[:, :16].as_strided((4, 16, 3, 64), (16 * 192 + 8, 192, 64, 1)),  # pages between rows
+    ],
+)
+def test_strides_that_tma_cannot_express(x: torch.Tensor) -> None:
+    assert as_matrix(x) is None
+
+
+def test_boxes() -> None:
+    assert [box_rows(n, 128) for n in (0, 1, 4, 8, 16, 24, 64, 128, 192, 256)] == [128, 0, 0, 8, 16, 0, 64, 128, 0, 128]
+
+
+@pytest.mark.parametrize("dims", sorted(HOPPER_DIMS))
+@pytest.mark.parametrize("qo_len", [4, 64, 1000])
+@pytest.mark.parametrize("gather", [False, True])
+def test_shared_memory(dims: tuple[int, int], qo_len: int, gather: bool) -> None:
+    half = torch.bfloat16
+    c = hopper(Problem(32, 8, *dims, half, half, half), Workload(8, 8 * qo_len, qo_len, 8000, 1000))
+    spec = fit(Spec(*dims, c.block_n, c.block_m // 64, c.num_stages, q_slots=2, gather=gather))
+    assert shared_bytes(spec) <= SHARED_BYTES - SMALL_BYTES
+
+
+def test_refusals() -> None:
+    half = torch.bfloat16
+    assert hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (9, 0)) is None
+    assert "9.0" in (hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (8, 0)) or "")
+    assert "80/80" in (hopper_refusal(Problem(32, 8, 80, 80, half, half, half), (9, 0)) or "")
+    assert "float8" in (hopper_refusal(Problem(32, 8, 128, 128, half, torch.float8_e4m3fn, half), (9, 0)) or "")

@@ -1,0 +1,342 @@
+"""Sampling on the CPU: against the definition, distributions, randomness, ops, errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from flashtile import sampling, topk
+from flashtile.kernels.cpu import sampling as cpu
+from flashtile.reference import sampling as reference
+from flashtile.testing import cases_sampling as cases
+from flashtile.testing.cases_sampling import SamplingCase
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+def test_sampler(case: SamplingCase) -> None:
+    cases.check_sampler(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: SamplingCase) -> None:
+    cases.check_filtered_is_renormalised(case, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.DISTRIBUTION_CASES, ids=str)
+def test_distribution(case: SamplingCase) -> None:
+    cases.check_distribution(case, 10**6, "cpu")
+
+
+@pytest.mark.parametrize("draw", [sampling.sampling_from_logits, sampling.top_k_top_p_sampling_from_logits])
+def test_distribution_of_logits(draw: Callable[..., Any]) -> None:
+    logits = torch.linspace(-3, 3, 50)[None].masked_fill(torch.arange(50) % 7 == 0, -torch.inf)
+    filters = () if draw is sampling.sampling_from_logits else (30, 0.9)
+    ids = draw(logits, *filters, indices=torch.zeros(10**6, dtype=torch.int32), seed=3)
+    probs = torch.softmax(logits[0].double(), -1)
+    if filters:
+        probs = reference.filtered(probs, *filters)
+    assert cases.chi_square(ids.bincount(minlength=50), probs) < 4
+
+
+def test_distribution_of_speculative_sampling() -> None:
+    """The first token of a chain is distributed as the target says, whatever was proposed."""
+    count, vocab_size = 200_000, 12
+    draft, target = (
+        torch.softmax(torch.randn(vocab_size, generator=torch.Generator().manual_seed(s)), -1) for s in (0, 1)
+    )
+    tokens = sampling.sampling_from_probs(draft[None], torch.zeros(count, dtype=torch.int64), seed=5)[:, None]
+    ids, _, _ = sampling.chain_speculative_sampling(
+        draft.expand(count, 1, vocab_size), tokens, target.expand(count, 2, vocab_size), seed=6
+    )
+    assert cases.chi_square(ids[:, 0].bincount(minlength=vocab_size), target) < 4
+    bonus = ids[:, 1][ids[:, 1] >= 0]
+    assert cases.chi_square(bonus.bincount(minlength=vocab_size), target) < 4
+
+
+def test_chi_square_finds_a_wrong_distribution() -> None:
+    probs = torch.tensor([0.25, 0.25, 0.5])
+    assert cases.chi_square(torch.tensor([2500, 2500, 5000]), probs) < 0
+    assert cases.chi_square(torch.tensor([2700, 2300, 5000]), probs) > 4
+
+
+@pytest.mark.parametrize("case", cases.RENORM_CASES, ids=str)
+def test_renorm(case: SamplingCase) -> None:
+    cases.check_renorm(case, "cpu")
+
+
+def test_renorm_per_row() -> None:
+    cases.check_renorm_per_row("cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [37, 2500])
+def test_top_k_mask_logits(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_mask_logits(vocab_size, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [37, 5003])
+def test_softmax(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_softmax(vocab_size, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [37, 5003])
+def test_sampling_from_logits(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_sampling_from_logits(vocab_size, dtype, "cpu")
+
+
+@pytest.mark.parametrize("order", ["top_k_first", "joint"])
+def test_top_k_top_p_sampling_from_logits(order: str) -> None:
+    cases.check_top_k_top_p_from_logits(order, "cpu")
+
+
+@pytest.mark.parametrize("filters", cases.FILTERS, ids=str)
+@pytest.mark.parametrize("vocab_size", [300, 5003])
+def test_bad_rows_are_isolated(vocab_size: int, filters: dict[str, Any]) -> None:
+    cases.check_bad_rows(vocab_size, filters, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+def test_row_alone_or_in_a_batch(case: SamplingCase) -> None:
+    cases.check_row_alone(case, "cpu")
+
+
+def test_indices() -> None:
+    cases.check_indices("cpu")
+
+
+@pytest.mark.parametrize("row_len", cases.TOP_K_ROWS)
+def test_top_k(row_len: int) -> None:
+    cases.check_top_k(row_len, torch.float16, "cpu")
+    values, ids = topk.top_k(torch.tensor([[1.0, torch.nan, 3.0]]), 1)
+    assert (ids.tolist(), bool(values.isnan())) == ([[1]], True)
+
+
+def test_top_k_page_table_transform_and_top_k_ragged_transform() -> None:
+    cases.check_top_k_windows("cpu")
+
+
+def test_top_k_varlen() -> None:
+    cases.check_top_k_varlen("cpu")
+
+
+@pytest.mark.parametrize("case", cases.CHAIN_CASES, ids=str)
+def test_chain_speculative_sampling(case: cases.ChainCase) -> None:
+    cases.check_chain(case, "cpu")
+
+
+def test_equal_distributions_accept_all() -> None:
+    case = cases.ChainCase(4, 50, 1.0)
+    ids, accepted, emitted = sampling.chain_speculative_sampling(*case.chains())
+    assert (accepted == 4).all()
+    assert (emitted == 4).all()
+    assert (ids >= 0).all()
+
+
+# Randomness
+
+
+def test_philox_known_answers() -> None:
+    """From the authors' test vectors (Random123)."""
+    ones = 2**32 - 1
+    assert reference.philox((0,) * 4, (0,) * 2) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert reference.philox((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+
+
+@pytest.mark.parametrize(("seed", "offset"), [(0, 0), (1, 2**63 - 1), (-5, -1), (2**62 + 12345, 2**33)])
+def test_uniforms(seed: int, offset: int) -> None:
+    for draw in (0, 3):
+        want = [reference.uniform(seed, offset, i, draw) for i in range(5)]
+        assert cpu.uniforms(5, None, seed, None, offset, draw).tolist() == want
+    seeds, offsets = torch.full((5,), seed), torch.arange(5) + offset
+    want = [reference.uniform(seed, int(o), 0) for o in offsets]
+    assert cpu.uniforms(5, seeds, 0, offsets, 0).tolist() == want
+
+
+def test_uniforms_are_uniform() -> None:
+    u = cpu.uniforms(10**6, None, 7, None, 0)
+    assert ((u >= 0) & (u < 1)).all()
+    assert cases.chi_square((u * 1000).long().bincount(minlength=1000), torch.full((1000,), 1e-3)) < 4
+
+
+def _draw(**state: Any) -> list[int]:
+    ids = sampling.sampling_from_probs(torch.full((64, 1000), 1e-3), **state)
+    assert isinstance(ids, torch.Tensor)
+    return [int(i) for i in ids]
+
+
+def test_generator_state_advances() -> None:
+    first, second = (torch.Generator().manual_seed(7) for _ in range(2))
+    draws = [_draw(generator=first), _draw(generator=first)]
+    assert draws[0] != draws[1]
+    assert draws == [_draw(generator=second), _draw(generator=second)]
+
+
+def test_default_generator() -> None:
+    torch.manual_seed(3)
+    draws = [_draw(), _draw()]
+    torch.manual_seed(3)
+    assert draws == [_draw(), _draw()]
+    assert draws[0] != draws[1]
+
+
+def test_seed_and_offset() -> None:
+    assert _draw(seed=5) == _draw(seed=5, offset=0) == _draw(seed=torch.tensor([5]), offset=torch.tensor([0]))
+    assert _draw(seed=-1) == _draw(seed=2**64 - 1)
+    assert _draw(seed=torch.tensor([5], dtype=torch.uint64)) == _draw(seed=5)
+    assert len({tuple(_draw(seed=s, offset=o)) for s in (5, 6) for o in (0, 1)}) == 4
+    assert _draw(seed=5, deterministic=False) == _draw(seed=5)
+
+
+# Laws and errors
+
+
+def test_nothing_to_draw() -> None:
+    probs = torch.empty(0, 10)
+    for filters in cases.FILTERS:
+        assert SamplingCase("", 10, filters).sampler()(probs).shape == (0,)
+    assert sampling.sampling_from_logits(probs).shape == (0,)  # type: ignore[union-attr]
+    for rows in (
+        sampling.softmax(probs),
+        sampling.top_k_renorm_probs(probs, 3),
+        sampling.top_p_renorm_prob(probs, 0.5),
+        sampling.top_k_mask_logits(probs, 3),
+    ):
+        assert rows.shape == (0, 10)
+    assert topk.top_k(probs, 3)[1].shape == (0, 3)
+
+
+def test_check_nan() -> None:
+    probs = torch.full((2, 4), 0.25)
+    sampling.sampling_from_probs(probs, check_nan=True)
+    probs[1, 2] = torch.nan
+    for filters in cases.FILTERS:
+        with pytest.raises(ValueError, match=r"Input probs contains NaN\."):
+            SamplingCase("", 4, filters).sampler()(probs, check_nan=True)
+    with pytest.raises(ValueError, match=r"Input logits contains NaN\."):
+        sampling.sampling_from_logits(probs, check_nan=True)
+
+
+PROBS = torch.full((2, 8), 0.125)
+HALF = torch.tensor([0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: sampling.sampling_from_probs(PROBS[0]),
+            ValueError,
+            r"probs: expected shape \[batch_size, vocab_size\]",
+        ),
+        (lambda: sampling.sampling_from_probs(PROBS.int()), ValueError, "probs: expected dtype float16 or"),
+        (lambda: sampling.sampling_from_probs(PROBS.t()), ValueError, "probs: the last dimension must be contiguous"),
+        (lambda: sampling.sampling_from_probs(PROBS[:, :0]), ValueError, "probs: expected a vocab_size from 1"),
+        (lambda: sampling.sampling_from_probs(PROBS, HALF), ValueError, "indices: expected dtype int32 or int64"),
+        (lambda: sampling.sampling_from_probs(PROBS, torch.tensor([0, 2])), ValueError, "indices: .* got 2 at index 1"),
+        (lambda: sampling.top_k_sampling_from_probs(PROBS, 0), ValueError, "top_k: expected 1 or more, got 0"),
+        (lambda: sampling.top_k_sampling_from_probs(PROBS, 1.5), TypeError, "top_k: expected an int or a torch.Tensor"),
+        (
+            lambda: sampling.top_k_sampling_from_probs(PROBS, torch.tensor([1, 0])),
+            ValueError,
+            "top_k: .* got 0 at index 1",
+        ),
+        (lambda: sampling.top_k_sampling_from_probs(PROBS, torch.tensor([1, 2, 3])), ValueError, r"top_k: .* \[2\]"),
+        (
+            lambda: sampling.top_p_sampling_from_probs(PROBS, 1.5),
+            ValueError,
+            "top_p: expected numbers from 0 to 1, got 1.5",
+        ),
+        (lambda: sampling.top_p_sampling_from_probs(PROBS, -HALF), ValueError, "top_p: expected numbers from 0 to 1"),
+        (
+            lambda: sampling.top_p_sampling_from_probs(PROBS, "0.5"),
+            TypeError,
+            "top_p: expected a number or a torch.Tensor",
+        ),
+        (lambda: sampling.min_p_sampling_from_probs(PROBS, float("nan")), ValueError, "min_p: expected numbers from 0"),
+        (
+            lambda: sampling.top_k_top_p_sampling_from_probs(PROBS, 2, 0.5, filter_apply_order="top_p_first"),
+            ValueError,
+            "filter_apply_order: expected 'top_k_first' or 'joint', got 'top_p_first'",
+        ),
+        (lambda: sampling.softmax(PROBS, 0.0), ValueError, "temperature: expected numbers above 0"),
+        (lambda: sampling.sampling_from_probs(PROBS, offset=3), ValueError, "offset: got one without seed"),
+        (
+            lambda: sampling.sampling_from_probs(PROBS, seed=3, generator=torch.Generator()),
+            ValueError,
+            "generator: got one beside seed",
+        ),
+        (lambda: sampling.sampling_from_probs(PROBS, seed=0.5), TypeError, "seed: expected an int or a torch.Tensor"),
+        (
+            lambda: sampling.sampling_from_probs(PROBS, seed=torch.tensor([1, 2, 3])),
+            ValueError,
+            r"seed: expected shape \[1\]",
+        ),
+        (lambda: sampling.sampling_from_probs(PROBS, seed=HALF), ValueError, "seed: expected dtype int32 or int64"),
+        (lambda: topk.top_k(PROBS, 9), ValueError, "k: expected 1 to the row length 8, got 9"),
+        (lambda: topk.top_k(PROBS, 2, tie_break=3), ValueError, "tie_break: expected a TopKTieBreak"),
+        (
+            lambda: topk.top_k_varlen(PROBS, torch.tensor([8, 8]), 2, backend="radix"),
+            NotImplementedError,
+            "backend='radix' is not implemented yet",
+        ),
+        (
+            lambda: sampling.chain_speculative_sampling(PROBS[None], torch.tensor([[1, 8]]), PROBS[:1].expand(1, 3, 8)),
+            ValueError,
+            "draft_token_ids: expected values from 0 to 7, got 8",
+        ),
+        (
+            lambda: sampling.chain_speculative_sampling(PROBS[None], torch.tensor([[1, 2]]), PROBS[None]),
+            ValueError,
+            r"target_probs: expected shape \[1, 3, 8\], got \[1, 2, 8\]",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+# Ops
+
+
+def test_ops() -> None:
+    ops, probs, ids = torch.ops.flashtile, torch.softmax(torch.randn(3, 40), -1), torch.zeros(3, dtype=torch.int32)
+    state, top_k, out = (torch.tensor([5]), 0, None, 0), torch.tensor([1, 2, 3], dtype=torch.int32), torch.empty(3, 40)
+    opcheck = torch.library.opcheck
+    filters = (top_k, 0, None, 0.9, None, 0.0, False)
+    opcheck(ops.sample_from_probs.default, (ids, ids.bool(), probs, None, *filters, *state))
+    opcheck(ops.sample_from_logits.default, (ids, ids.bool(), probs, ids.clone(), *state))
+    opcheck(ops.softmax.default, (out, probs, None, 0.5))
+    opcheck(ops.renorm_probs.default, (out, probs, top_k, 0, None, 1.0))
+    opcheck(ops.mask_logits.default, (out, probs, None, 3))
+    opcheck(ops.top_k.default, (torch.empty(3, 5, dtype=torch.int32), probs, None, top_k, True))
+    draft, tokens, target = cases.ChainCase(2, 40, 0.5, batch_size=3).chains()
+    counters = [torch.zeros(3, dtype=torch.int32) for _ in range(2)]
+    opcheck(
+        ops.chain_speculative.default, (torch.empty(3, 3, dtype=torch.int32), *counters, draft, tokens, target, *state)
+    )
+
+
+def test_compiles_as_one_graph() -> None:
+    def step(logits: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+        probs = sampling.softmax(logits, 0.8)
+        kept = sampling.top_p_renorm_probs(probs, top_p)
+        ids = sampling.top_k_top_p_sampling_from_probs(kept, 20, 0.9, seed=seed, offset=seed)
+        greedy = topk.top_k(sampling.top_k_mask_logits(logits, 3), 1)[1]
+        return torch.stack([ids, sampling.sampling_from_logits(logits, seed=seed, offset=seed), greedy[:, 0]])
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    inputs = torch.randn(4, 60), torch.linspace(0.2, 1, 4), torch.tensor([9])
+    assert torch.equal(compiled(*inputs), step(*inputs))
+
+
+def test_compiled_draws_differ() -> None:
+    draw = torch.compile(lambda p: sampling.sampling_from_probs(p), fullgraph=True, backend="aot_eager")
+    probs = torch.full((64, 1000), 1e-3)
+    assert not torch.equal(draw(probs), draw(probs))
