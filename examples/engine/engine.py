@@ -158,7 +158,7 @@ def choose(logits: Tensor, requests: list[Request]) -> Tensor:
         def column(values: list[Any]) -> Tensor:
             return torch.tensor(values, device=logits.device)
 
-        probs = flashtile.sampling.softmax(logits[rows], column([s.temperature for s in sampled]))
+        probs = flashtile.softmax(logits[rows], column([s.temperature for s in sampled]))
         ids = flashtile.top_k_top_p_sampling_from_probs(
             probs,
             top_k=column([s.top_k or logits.shape[-1] for s in sampled]),

@@ -430,7 +430,7 @@ def run(
             q.stride(0), q.stride(1), *k_strides, *v_strides, out.stride(0), out.stride(1),
             sm_scale, scales.out, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
             **constexprs(p, c, sinks is not None, k_strides[:2] == v_strides[:2], scales),
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers,
         )  # fmt: skip
     if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
@@ -599,5 +599,5 @@ def _case(
     arch = sm[0] * 10 + sm[1]
     return CompileCase(
         f"attention.{name}.sm{arch}", attention_kernel, signature, constants, config.num_warps, config.num_stages,
-        aligned=strides, min_capability=arch, max_capability=arch,
+        aligned=strides, maxnreg=config.max_registers, min_capability=arch, max_capability=arch,
     )  # fmt: skip

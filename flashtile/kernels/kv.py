@@ -32,7 +32,7 @@ def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constex
     elif MASKED:
         return tl.load(ptrs, mask=tl.expand_dims(in_range, -1), other=0.0)
     elif WIDTH != BLOCK:
-        return tl.load(ptrs, mask=tl.broadcast_to(cols < WIDTH, ptrs.shape), other=0.0)
+        return tl.load(ptrs, mask=tl.full(ptrs.shape, True, tl.int1) & (cols < WIDTH), other=0.0)
     else:
         return tl.load(ptrs)
 

@@ -29,8 +29,8 @@ BENCH_CASES: tuple[SamplingBench, ...] = tuple(
 
 @dataclass(frozen=True)
 class SamplingCase:
-    """rows: how probabilities are distributed (see `probs`); filters: top_k, top_p, min_p, as for `reference.filtered`, and
-    order, for top_k with top_p."""
+    """rows: how probabilities are distributed (see `probs`); filters: top_k, top_p, min_p, as for `reference.filtered`,
+    and order, for top_k with top_p."""
 
     rows: str
     vocab_size: int
@@ -418,8 +418,8 @@ def check_chain(case: ChainCase, device: str) -> None:
 
 
 def chi_square(counts: Tensor, probs: Tensor) -> float:
-    """How many standard deviations the chi-square statistic of `counts` [n] lies above its mean, had they been drawn from
-    `probs` [n] (Wilson and Hilferty's transform). Outcomes expected fewer than 8 times are counted together."""
+    """How many standard deviations the chi-square statistic of `counts` [n] lies above its mean, had they been drawn
+    from `probs` [n] (Wilson and Hilferty's transform). Outcomes expected fewer than 8 times are counted together."""
     expected = probs.double() * counts.sum()
     rare = expected < 8
     pooled = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected)]

@@ -73,11 +73,20 @@ def test_results_do_not_depend_on_the_grid() -> None:
     assert all(torch.equal(gemm_persistent(a, b.t(), num_sms=n), all_sms) for n in (1, 7, 64))
 
 
-HOPPER = [GemmConfig("hopper", m, n, 64, num_stages=s, group_m=g) for m, n, s, g in (
-    (128, 256, 4, 16), (128, 128, 6, 2), (64, 256, 5, 16), (128, 64, 8, 16), (64, 64, 10, 16))]  # fmt: skip
+HOPPER = [
+    GemmConfig("hopper", m, n, 64, num_stages=stages, group_m=group_m)
+    for m, n, stages, group_m in (
+        (128, 256, 4, 16),
+        (128, 128, 6, 2),
+        (64, 256, 5, 16),
+        (64, 256, 4, 1),
+        (64, 128, 8, 16),
+        (64, 64, 10, 8),
+    )
+]
 
 
-@pytest.mark.parametrize("config", HOPPER, ids=lambda c: f"{c.block_m}x{c.block_n}")
+@pytest.mark.parametrize("config", HOPPER, ids=lambda c: f"{c.block_m}x{c.block_n}x{c.num_stages}")
 @pytest.mark.parametrize("column_major", [True, False])
 def test_hopper_tiles(config: GemmConfig, column_major: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile of the Hopper kernel on ragged segments; depths that end within a step, columns within a tile."""

@@ -16,9 +16,8 @@ def test_sampler(case: SamplingCase) -> None:
     cases.check_sampler(case, "cpu")
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.8}, {"min_p": 0.1}], ids=str)
-def test_distribution(filters: dict[str, Any]) -> None:
-    cases.check_distribution(SamplingCase("steep", 30, filters, batch_size=1), 400, "cpu")
+def test_distribution() -> None:
+    cases.check_distribution(SamplingCase("steep", 30, batch_size=1), 200, "cpu")
 
 
 @pytest.mark.parametrize("case", [c for c in cases.RENORM_CASES if c.rows != "few" or "top_k" in c.filters], ids=str)

@@ -30,8 +30,8 @@ from flashtile.kernels.hopper.spec import (
     registers,
     rows_layout,
 )
+from flashtile.kernels.hopper.tiles import inverse
 from flashtile.plan.plan import Plan, make_plan
-from flashtile.testing.compile import CompileCase
 
 LOG2_E: float = softmax.LOG2_E.value
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
@@ -58,14 +58,15 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "stride_on",
-        "stride_oh", "o_cols", "o_rows", "num_tiles", "num_heads", "num_groups", "heads_per_item", "groups_per_kv_head", "pack", "page_size", "boxes", "window_left", "window_reach",
+        "stride_oh", "o_cols", "o_rows", "num_tiles", "num_heads", "num_groups", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed", "page_size", "boxes", "window_left", "window_reach",
     ]
 )  # fmt: skip
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
     items_ptr, kv_indices_ptr, counter_ptr,
     q_token, q_cols, q_rows, k_page, k_token, k_head, v_page, v_token, v_head, stride_on, stride_oh, o_cols, o_rows,
-    num_tiles, num_heads, num_groups, heads_per_item, groups_per_kv_head, pack, page_size, boxes, window_left, window_reach, scale, cap_scale, C: gl.constexpr,
+    num_tiles, num_heads, num_groups, heads_per_item, inverse_heads, inverse_groups, heads_packed,
+    inverse_packed, page_size, boxes, window_left, window_reach, scale, cap_scale, C: gl.constexpr,
 ):  # fmt: skip
     """One persistent CTA; see spec.py for its roles and barriers, and loader.py for what the strides mean."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -89,7 +90,8 @@ def attention_kernel(
 
     smem = (q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch)
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
-    q = (q_desc, q_ptr, q_token, q_cols, q_rows)
+    pack = (heads_packed, inverse_packed)
+    q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack)
     k = (k_desc, k_ptr, k_page, k_token, k_head)
     v = (v_desc, v_ptr, v_page, v_token, v_head)
     outputs = (
@@ -99,7 +101,7 @@ def attention_kernel(
     table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
     window = (window_left, window_reach, pack)
-    work = (items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head)
+    work = (items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups)
     if C.consumers == 1:
         gl.warp_specialize(
             [
@@ -202,6 +204,7 @@ class Setup:
         p, c = plan.problem, plan.config
         self.heads_per_item = c.heads_per_item or plan.num_head_groups
         self.tiles = plan.num_items * self.heads_per_item
+        self.inverses = inverse(self.heads_per_item), inverse(p.group_size // c.pack)
         self.grid = (min(self.tiles, num_sms(plan.device)),)
         self.box = box_rows(p.page_size, c.block_n)
         self.variants: dict[tuple[bool, ...], Spec] = {}
@@ -221,7 +224,6 @@ class Setup:
                 )
             )  # fmt: skip
         return self.variants[key]
-
 
     def portable_plan(self) -> Plan:
         """The same batch for the portable family, not split: its tiles are others, and the workspace was sized for ours."""
@@ -320,7 +322,7 @@ def run(
         k_desc, v_desc = k_matrix.descriptor(k, spec.box), v_matrix.descriptor(v, spec.box)
         k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows
         v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows
-    q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, c.pack)
+    q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, 0)
     o_steps = (out_matrix.head_cols, out_matrix.head_rows) if out_matrix else (0, 0)
     cap = p.logits_soft_cap
     scale, cap_scale = (cap * LOG2_E, sm_scale / cap) if cap > 0 else (sm_scale * LOG2_E, 0.0)
@@ -330,7 +332,8 @@ def run(
         q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
         plan.items, plan.kv_indices, counter,
         *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
-        setup.tiles, p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, p.group_size // c.pack, c.pack, p.page_size,
+        setup.tiles, p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
+        inverse(c.pack), p.page_size,
         c.block_n // spec.box if spec.box else 0,
         p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
         num_warps=4, maxnreg=registers(spec)[0],
@@ -351,10 +354,10 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
     def desc(rows: int, dim: int) -> str:
         return f"tensordesc<{dtype}[{rows}, {panel(dim)}],{rows_layout(dim)!r}>"
 
-    found = {name: f"*{dtype}" for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")}
-    found |= {name: "*fp32" for name in ("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr")}
-    found |= {name: "*i32" for name in ("items_ptr", "kv_indices_ptr", "counter_ptr")}
-    found |= {name: "fp32" for name in ("scale", "cap_scale")}
+    found = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+    found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
+    found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "counter_ptr"), "*i32")
+    found |= dict.fromkeys(("scale", "cap_scale"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
     found["k_desc"] = desc(spec.box, spec.d_qk) if not spec.gather else "constexpr"
     found["v_desc"] = desc(spec.box, spec.d_vo) if not spec.gather else "constexpr"

@@ -3,17 +3,10 @@
 from flashtile.kernels.hopper import tiles
 from flashtile.kernels.hopper.compat import fence_async_shared, gl, gluon, tma_store, tma_store_wait
 from flashtile.kernels.hopper.spec import ROWS, row_layout
+from flashtile.kernels.hopper.tiles import token_of
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 NEG_INF = gl.constexpr(float("-inf"))
-
-
-@gluon.jit
-def token_of(row, pack, C: gl.constexpr):
-    """The token, inside its request, of a packed row."""
-    if C.packed:
-        row = row // pack
-    return row
 
 
 @gluon.jit
@@ -61,9 +54,10 @@ def store_piece(ptr, out, rows, valid):
     """One piece of the head dim."""
     ROW: gl.constexpr = gl.SliceLayout(1, out.type.layout)
     cols = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, out.type.layout))
-    at = gl.convert_layout(rows, ROW, assert_trivial=True)[:, None] + cols[None, :]
+    # row pointers first: sums of rows and columns would be 64-bit numbers kept through the whole loop over tiles
+    at = (ptr + gl.convert_layout(rows, ROW, assert_trivial=True))[:, None] + cols[None, :]
     keep = gl.convert_layout(valid, ROW, assert_trivial=True)[:, None]
-    gl.store(ptr + at, out.to(ptr.dtype.element_ty), mask=keep)
+    gl.store(at, out.to(ptr.dtype.element_ty), mask=keep)
 
 
 @gluon.jit
@@ -100,7 +94,7 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
     token = token_of(row_begin + own, pack, C)
     heads = head + gl.zeros_like(own)
     if C.packed:
-        heads = head * pack + (row_begin + own) % pack
+        heads = head * pack[0] + (row_begin + own - token * pack[0])
     valid = token < qo_len
     sink = m
     if C.sinks:

@@ -117,8 +117,8 @@ def gather_rows(ptr, offsets, out, valid, C: gl.constexpr):
     """Start to copy rows at offsets (shared memory, units of 8 elements) from ptr; rows from `valid` on become 0."""
     L: gl.constexpr = copy_layout(out.shape[1], loader_warps(C))
     ROW: gl.constexpr = gl.SliceLayout(1, L)
-    rows = (offsets.load(ROW) * 8)[:, None] + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, L))[None, :]
-    cp_async(out, ptr + rows, mask=(gl.arange(0, out.shape[0], layout=ROW) < valid)[:, None])
+    rows = (ptr + offsets.load(ROW) * 8)[:, None] + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, L))[None, :]
+    cp_async(out, rows, mask=(gl.arange(0, out.shape[0], layout=ROW) < valid)[:, None])
 
 
 @gluon.jit
@@ -211,21 +211,21 @@ def clear_tail_piece(buf, slot, valid):
 @gluon.jit
 def copy_packed_rows(source, buf, slot, first_col, q_begin, qo_len, row_begin, head, C: gl.constexpr):
     """Start to copy one piece of a tile's packed query rows by 16-byte copies; rows past qo_len keep what was there."""
-    desc, ptr, token_step, head_step, pack = source
+    desc, ptr, token_step, head_step, head_rows, pack = source
     view = strips(buf, 8)
     WIDTH: gl.constexpr = view.shape[2]
     PANELS: gl.constexpr = buf.shape[2] // WIDTH
     L: gl.constexpr = copy_layout(WIDTH, loader_warps(C))
     cols = first_col + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
-    rows = gl.minimum(qo_len * pack - row_begin, C.consumers * ROWS)
+    rows = gl.minimum(qo_len * pack[0] - row_begin, C.consumers * ROWS)
     for i in range(0, (rows + 7) // 8):  # rows of consumer w are 64 w .. 64 w + 63: strips 8 w .. 8 w + 7 of each panel
         packed = row_begin + i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, L))
-        token = packed // pack
-        heads = head * pack + packed % pack
-        offsets = ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
+        token = tiles.token_of(packed, pack, C)
+        heads = head * pack[0] + packed - token * pack[0]
+        at = ptr + ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
         for c in gl.static_range(PANELS):
             strip = view.index(((slot * C.consumers + i // 8) * PANELS + c) * 8 + i % 8)
-            cp_async(strip, ptr + (offsets[:, None] + (cols + c * WIDTH)[None, :]), mask=(token < qo_len)[:, None])
+            cp_async(strip, at[:, None] + (cols + c * WIDTH)[None, :], mask=(token < qo_len)[:, None])
 
 
 @gluon.jit
@@ -234,7 +234,7 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
     q_begin = tiles.field(item, tiles.Q_BEGIN)
     row_begin = tiles.field(item, tiles.ROW_BEGIN)
     head = tiles.field(item, tiles.HEAD)
-    desc, ptr, token_step, head_cols, head_rows = source
+    desc, ptr, token_step, head_cols, head_rows, pack = source
     CONSUMERS: gl.constexpr = C.consumers
     slot = count % C.q_slots
     bar = bars[0].index(slot)
@@ -257,7 +257,7 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
 @gluon.jit
 def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
     """The loader's role; see the module's docstring."""
-    items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head = work
+    items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups = work
     ring = smem[4]
     tile_full = bars[4]
     cta = gl.program_id(0)
@@ -275,10 +275,12 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
     base = tiles.field(item, tiles.KV_BASE)
     kv_len = tiles.field(item, tiles.KV_LEN)
     first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-    kv_head = head // groups_per_kv_head
+    kv_head = tiles.divide(head, inverse_groups)
     pages = load_pages(table, base, n, kv_len, True, C)
     load_q(0, item, q, smem, bars, C)
+    # static turns go there and back again, so that no CTA gets the longer tile of every round
     t = ctas + (cta if C.dynamic else ctas - 1 - cta)
+    stride = 2 * cta + 1
     item = tiles.fetch(work, t, C)
     if C.dynamic:
         drawn = tiles.take_number(counter_ptr)
@@ -305,7 +307,7 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
             base = tiles.field(item, tiles.KV_BASE)
             kv_len = tiles.field(item, tiles.KV_LEN)
             first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-            kv_head = head // groups_per_kv_head
+            kv_head = tiles.divide(head, inverse_groups)
             more = head >= 0
             pages = load_pages(table, base, n, kv_len, more, C)
             if C.dynamic:
@@ -315,8 +317,9 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
                     gl.store(counter_ptr, 0)
                 if more:
                     drawn = tiles.take_number(counter_ptr)
-            else:  # there and back again, so that no CTA always gets the longer tile of a round
-                t = (t // ctas + 1) * ctas + (ctas - 1 - t % ctas)
+            else:
+                t += stride
+                stride = 2 * ctas - stride
             item = tiles.fetch(work, t, C)
         else:
             n -= 1

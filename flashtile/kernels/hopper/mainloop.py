@@ -21,7 +21,7 @@ from flashtile.kernels.hopper.compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from flashtile.kernels.hopper.epilogue import rescale, store_tile, token_of
+from flashtile.kernels.hopper.epilogue import rescale, store_tile
 from flashtile.kernels.hopper.loader import stage
 from flashtile.kernels.hopper.spec import (
     K_EMPTY,
@@ -39,7 +39,9 @@ from flashtile.kernels.hopper.spec import (
 )
 
 NEG_INF = gl.constexpr(float("-inf"))
-FLOOR = gl.constexpr(-1e30)  # where a row's maximum starts: finite, so that a row without keys gives exp2(-inf) = 0, never NaN
+FLOOR = gl.constexpr(
+    -1e30
+)  # where a row's maximum starts: finite, so that a row without keys gives exp2(-inf) = 0, never NaN
 
 
 @gluon.jit
@@ -56,7 +58,7 @@ def issue_s(q, k, KEYS: gl.constexpr, C: gl.constexpr):
     """Start S = Q K^T for the first KEYS keys of a block: [64, KEYS]."""
     s = gl.zeros([ROWS, KEYS], gl.float32, mma_layout(KEYS))
     for p in gl.static_range(len(q)):
-        keys = k[p] if KEYS == C.block_n else k[p].slice(0, KEYS)
+        keys = k[p] if C.block_n == KEYS else k[p].slice(0, KEYS)
         s = warpgroup_mma(q[p], keys.permute((1, 0)), s, use_acc=p > 0, is_async=True)
     return s
 
@@ -128,17 +130,17 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
     first, last = tiles.block_range(tiles.read(ring, count, tiles.KV_BEGIN), kv_end, C)
     offset = tiles.read(ring, count, tiles.KV_LEN) - tiles.read(ring, count, tiles.QO_LEN)
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
-    position = token_of(row_begin + gl.arange(0, ROWS, layout=row_layout()), pack, C) + offset
+    position = tiles.token_of(row_begin + gl.arange(0, ROWS, layout=row_layout()), pack, C) + offset
     high = gl.zeros_like(position) + kv_end
     lowest = kv_end
     if C.right:
         high = gl.minimum(high, position + window_reach)
-        lowest = gl.minimum(kv_end, token_of(row_begin, pack, C) + offset + window_reach)
+        lowest = gl.minimum(kv_end, tiles.token_of(row_begin, pack, C) + offset + window_reach)
     left = gl.to_tensor(0)
     low = position
     if C.left:
         low = position - window_left
-        highest = token_of(row_begin + ROWS - 1, pack, C) + offset - window_left
+        highest = tiles.token_of(row_begin + ROWS - 1, pack, C) + offset - window_left
         left = (gl.maximum(highest, 0) + C.block_n - 1) // C.block_n
     return last, last - first + 1, gl.maximum(lowest, 0) // C.block_n, left, high, low
 
@@ -240,7 +242,7 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
     HALF: gl.constexpr = half_first(C) and W == 0
     KEYS: gl.constexpr = C.block_n // 2 if HALF else C.block_n
 
-    if W == C.consumers - 1:
+    if C.consumers - 1 == W:
         pass_turn(W, C)  # consumer 0 goes first
     it = gl.to_tensor(0)  # KV blocks this CTA has finished
     count = gl.to_tensor(0)  # tiles this CTA has finished

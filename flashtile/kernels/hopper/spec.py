@@ -96,7 +96,7 @@ def release_late(spec):
 def registers(spec):
     """Registers per thread: of the launch, of a consumer, of the loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
-        return 144, 232, 56
+        return 168, 232, 104
     if spec.consumers == 3:
         return 128, 160, 32
     return (168, 224, 56) if spec.gather else (168, 232, 40)  # 240 and 24 spill in the loader of unaligned causal tiles

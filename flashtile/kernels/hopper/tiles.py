@@ -1,7 +1,7 @@
 """The list of work tiles: which tile a CTA takes next, and how the loader tells the consumers.
 
-A tile is one head (group) of a list entry. `work` is (items_ptr, counter_ptr, num_tiles, heads_per_item,
-groups_per_kv_head): tile t is head group t % heads_per_item of entry t // heads_per_item. The loader reads the entry, one field per lane, a tile ahead, and hands it over
+`work` is (items_ptr, counter_ptr, num_tiles, heads_per_item, its inverse, inverse of groups_per_kv_head). Tile t is head
+group t % heads_per_item of entry t // heads_per_item. The loader reads the entry, one field per lane, a tile ahead, and hands it over
 through a ring in shared memory; HEAD then holds the tile's own head group, or -1 after the last tile.
 """
 
@@ -21,6 +21,32 @@ SLOT = gl.constexpr(ITEM_FIELDS.index("slot"))
 HEAD = gl.constexpr(ITEM_FIELDS.index("head_begin"))
 
 
+INVERSE_BITS = gl.constexpr(30)
+
+
+def inverse(n: int) -> int:
+    """m with x * m >> 30 == x // n for 0 <= x < 2**30 / n.
+
+    Kernels divide by such arguments this way. The first part of an ordinary division depends on the divisor alone: of an
+    argument, the compiler moves it to the kernel's entry, and has no registers there to keep its result in.
+    """
+    return -(-(2**30) // n)
+
+
+@gluon.jit
+def divide(x, inverse_of_n):
+    """x // n, for inverse_of_n = inverse(n)."""
+    return ((x.to(gl.int64) * inverse_of_n) >> INVERSE_BITS).to(gl.int32)
+
+
+@gluon.jit
+def token_of(row, pack, C: gl.constexpr):
+    """The token, inside its request, of a packed row. pack: heads packed into the rows, and the inverse."""
+    if C.packed:
+        row = divide(row, pack[1])
+    return row
+
+
 @gluon.constexpr_function
 def lane_layout(warps):
     """One value per lane, the same in all warps of a loader."""
@@ -30,8 +56,8 @@ def lane_layout(warps):
 @gluon.jit
 def fetch(work, t, C: gl.constexpr):
     """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 past the last tile."""
-    items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head = work
-    entry = (t // heads_per_item).to(gl.int64)
+    items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups = work
+    entry = divide(t, inverse_heads).to(gl.int64)
     lane = gl.arange(0, WARP, layout=lane_layout(loader_warps(C)))
     return gl.load(items_ptr + entry * FIELDS + lane, mask=(lane < FIELDS) & (t < num_tiles), other=-1)
 
@@ -46,9 +72,9 @@ def field(item, i):
 @gluon.jit
 def with_head(item, t, work):
     """The entry of tile t with the tile's own head group in it."""
-    items_ptr, counter_ptr, num_tiles, heads_per_item, groups_per_kv_head = work
+    items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups = work
     lane = gl.arange(0, WARP, layout=item.type.layout)
-    return item + gl.where((lane == HEAD) & (t < num_tiles), t % heads_per_item, 0)
+    return item + gl.where((lane == HEAD) & (t < num_tiles), t - divide(t, inverse_heads) * heads_per_item, 0)
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ from flashtile.kernels.sampling.rows import (
     overlaps,
     row_of_output,
     row_value,
+    rows_of,
     slices,
     uniform,
 )
@@ -100,10 +101,10 @@ def draw(
     chunks, overlap = chunks_of(probs.shape[1]), overlaps(probs, pdl)
     use_min_p = 2 if min_p is not None else int(min_p_value > 0)
     for part in slices(len(ids), chunks.padded * 8):
-        rows, state, count = entries(indices, part), random.part(part), part.stop - part.start
+        (x, rows), state, count = rows_of(probs, indices, part), random.part(part), part.stop - part.start
         masses, maxima = probs.new_empty((2, count, chunks.padded), dtype=torch.float32)
         thresholds = probs.new_empty(count, dtype=torch.float32)
-        source = probs, probs.stride(0), rows, chunks.length, chunks.count
+        source = x, x.stride(0), rows, chunks.length, chunks.count
         where = {"INDIRECT": rows is not None, **chunks.keywords}
         if use_min_p:
             max_kernel[(count * chunks.count,)](maxima, *source, ENABLE_PDL=overlap, **where, num_warps=CHUNK_WARPS)

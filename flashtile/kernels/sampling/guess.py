@@ -143,7 +143,9 @@ def guess_bracket(
         if has_k:
             lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key)
             if K_FIRST:
-                hi = tl.cast(_HIGHEST, tl.int32)  # top-p is of the top-k's mass, which needs all entries from the k-th on
+                hi = tl.cast(
+                    _HIGHEST, tl.int32
+                )  # top-p is of the top-k's mass, which needs all entries from the k-th on
     if USE_P:
         if has_p & ~(has_k & K_FIRST):
             tail = 1.0 - top_p

@@ -17,13 +17,13 @@ from flashtile.kernels.sampling.rows import (
     Random,
     after,
     chunks_of,
-    entries,
     find_chunk,
     first_above,
     load_chunk,
     overlaps,
     row_of_output,
     row_value,
+    rows_of,
     slices,
     uniform,
 )
@@ -133,9 +133,9 @@ def sample_from_logits(
         overlaps(logits, pdl),
     )
     for part in slices(len(ids), chunks.padded * 8):
-        rows, state, count = entries(indices, part), random.part(part), part.stop - part.start
+        (x, rows), state, count = rows_of(logits, indices, part), random.part(part), part.stop - part.start
         sums = logits.new_empty((count, 2, chunks.padded), dtype=torch.float32)
-        source = logits, logits.stride(0), rows, chunks.length, chunks.count
+        source = x, x.stride(0), rows, chunks.length, chunks.count
         where = {"INDIRECT": rows is not None, **chunks.keywords}
         exp_sums_kernel[(count * chunks.count,)](
             sums, *source, None, 1.0, TEMPERATURES=False, ENABLE_PDL=overlap, **where, num_warps=CHUNK_WARPS

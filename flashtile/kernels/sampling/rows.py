@@ -210,6 +210,11 @@ def entries(x: Tensor | None, outputs: slice) -> Tensor | None:
     return x if x is None or len(x) == 1 else x[outputs]
 
 
+def rows_of(x: Tensor, indices: Tensor | None, outputs: slice) -> tuple[Tensor, Tensor | None]:
+    """x and the indices of its rows for these outputs; or, without indices, their rows."""
+    return (x[outputs], None) if indices is None else (x, indices[outputs])
+
+
 def slices(num_outputs: int, bytes_per_output: int) -> Iterator[slice]:
     """The outputs in runs whose workspace stays within bounds: all at once, but for very large batches."""
     step = max(1, WORKSPACE_BYTES // bytes_per_output)

@@ -65,7 +65,7 @@ def last_chunk(
     drafted = tl.where(end < num_tokens, length, 0)  # the bonus row has no draft
     draft = load_chunk(draft_ptr + request * stride_draft_batch + step * stride_draft_token, chunk, drafted, CHUNK)
     target = tl.maximum(target, 0.0)
-    return target, tl.where(end < num_tokens, tl.maximum(target - draft, 0.0), 0.0)
+    return target, tl.where(end < num_tokens, tl.maximum(target - tl.maximum(draft, 0.0), 0.0), 0.0)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from flashtile.kernels.sampling.rows import (
     load_chunk,
     overlaps,
     row_of_output,
+    rows_of,
     slices,
     sum2,
     sum3,
@@ -418,9 +419,10 @@ def sample(
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs under filters."""
     for part in search_slices(len(ids), probs.shape[1]):
+        x, rows = rows_of(probs, indices, part)
         _search(
-            probs, part.stop - part.start, filters.part(part), outputs=(ids[part], valid[part], None, None), signed=False,
-            mass=True, random=random.part(part), indices=entries(indices, part), pdl=pdl,
+            x, part.stop - part.start, filters.part(part), outputs=(ids[part], valid[part], None, None), signed=False,
+            mass=True, random=random.part(part), indices=rows, pdl=pdl,
         )  # fmt: skip
 
 
