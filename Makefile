@@ -53,7 +53,7 @@ newest-triton: $(VENV)/.dev
 	fi
 	touch $(NEWEST)/.done
 	PYTHONPATH=$(NEWEST) $(PY) -c 'import triton; assert triton.__version__ == "$(NEWEST_TRITON)", triton.__file__'
-	PYTHONPATH=$(NEWEST) $(PYTEST) tests/test_compile.py
+	FLASHTILE_COMPILE=sample PYTHONPATH=$(NEWEST) $(PYTEST) tests/test_compile.py
 
 bench: $(VENV)/.dev  ## the benchmarks; areas and options in ARGS="decode --filter b64"
 	@$(PY) -m benchmarks $(ARGS)

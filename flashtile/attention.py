@@ -60,8 +60,8 @@ def cache_dtypes(kv_data_type: KVDType, q_dtype: torch.dtype) -> tuple[torch.dty
     for dtype in (k_dtype, v_dtype):
         if dtype != q_dtype and dtype not in FORMATS:
             raise ValueError(
-                f"kv_data_type: expected the dtype of q, {q_dtype}, or one of float8_e4m3fn, float8_e5m2, int8, and uint8 "
-                f"for packed int4; got {dtype}"
+                f"kv_data_type: expected the dtype of q, {q_dtype}, or one of float8_e4m3fn, float8_e5m2, int8, and "
+                f"uint8 for packed int4; got {dtype}"
             )
     return k_dtype, v_dtype
 
@@ -82,7 +82,8 @@ def reject(**arguments: Any) -> None:
 
 
 def host_ints(name: str, x: object, size: int | None = None) -> Ints:
-    """An index tensor [n], of any integer dtype, stride and device, as int64 on the host. Stalls the GPU if it lies there.
+    """An index tensor [n], of any integer dtype, stride and device, as int64 on the host. Stalls the GPU if it lies
+    there.
 
     Raises:
         TypeError: no tensor. ValueError: not 1-D, not of integers, or not of `size`.
@@ -208,13 +209,14 @@ def launch(
         check_shape(name, x, (*rows, p.num_kv_heads, dim // 2 if fmt == "int4" else dim))
         if fmt != "plain" and (x.data_ptr() % 2 or any(s % 2 for s in x.stride()[:-1])):
             raise ValueError(
-                f"{name}: rows of a {dtype} cache must start at even bytes, got strides {tuple(x.stride())}; they are read by "
-                "two bytes at a time"
+                f"{name}: rows of a {dtype} cache must start at even bytes, got strides {tuple(x.stride())}; "
+                "they are read by two bytes at a time"
             )
         if x.shape[0] < plan.kv_rows:
             unit = "page" if p.paged else "token"
             raise ValueError(
-                f"{name}: the plan reads {unit} {plan.kv_rows - 1} (request {plan.kv_rows_request}), got only {x.shape[0]} {unit}s"
+                f"{name}: the plan reads {unit} {plan.kv_rows - 1} (request {plan.kv_rows_request}), "
+                f"got only {x.shape[0]} {unit}s"
             )
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         check_device(name, x, plan.device)
@@ -243,7 +245,8 @@ def launch(
 class PlannedOp:
     """Workspace and plan/run life cycle, once for all wrappers.
 
-    A subclass translates its plan() arguments into a Problem and Lengths and calls `_schedule`; its run() calls `_launch`.
+    A subclass translates its plan() arguments into a Problem and Lengths and calls `_schedule`; its run() calls
+    `_launch`.
     """
 
     def __init__(self, float_workspace_buffer: Tensor, kv_layout: str = "NHD", backend: str = "auto") -> None:
@@ -267,8 +270,8 @@ class PlannedOp:
     ) -> None:
         """Use another workspace from the next plan() on.
 
-        float_workspace_buffer: any dtype, contiguous, on the device of the computation. int_workspace_buffer: not needed,
-        taken for compatibility; the work list has a buffer of its own.
+        float_workspace_buffer: any dtype, contiguous, on the device of the computation. int_workspace_buffer: not
+        needed, taken for compatibility; the work list has a buffer of its own.
         """
         check_tensor("float_workspace_buffer", float_workspace_buffer)
         if not float_workspace_buffer.is_contiguous():
@@ -385,7 +388,8 @@ def single(
     o_dtype: torch.dtype | None = None,
     **scales: Scale,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one request: q [qo_len, num_qo_heads, head_dim_qk], k and v in kv_layout without a batch dimension."""
+    """(out, lse) of one request: q [qo_len, num_qo_heads, head_dim_qk], k and v in kv_layout without a batch
+    dimension."""
     check_layout(kv_layout)
     check_shape("q", q, ("qo_len", "num_qo_heads", "head_dim_qk"))
     for name, x in (("k", k), ("v", v)):
@@ -413,7 +417,8 @@ def single(
     plan = _single_plan(problem, q.shape[0], k.shape[0], q.device, backend)
     out = torch.empty(q.shape[0], problem.num_qo_heads, problem.head_dim_vo, dtype=problem.o_dtype, device=q.device)
     workspace = torch.empty(plan.workspace_size(), dtype=torch.uint8, device=q.device)
-    sm_scale, read = read_scales(plan, k, v, kv_layout, q.shape[2] ** -0.5 if sm_scale is None else sm_scale, **scales)
+    scale = q.shape[2] ** -0.5 if sm_scale is None else sm_scale
+    sm_scale, read = read_scales(plan, k, v, kv_layout, scale, **scales)  # type: ignore[arg-type]
     return launch(plan, q, k, v, out, None, workspace, sm_scale, scales=read)
 
 

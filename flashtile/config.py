@@ -15,12 +15,14 @@ BACKENDS = ("auto", "fa2", "fa3")
 class Config:
     """How one plan runs: kernel family, tile sizes, and what the scheduler should assume.
 
-    block_m: packed query rows of a tile (tokens x pack); block_n: KV tokens of a step; pack: query heads packed into rows.
-    ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry (0: all).
+    block_m: packed query rows of a tile (tokens x pack); block_n: KV tokens of a step; pack: query heads packed into
+        rows.
+    ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry
+        (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
     unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90). ways: 1, or
-    num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None: the
-    compiler's choice.
+    num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
+    the compiler's choice.
     section_tiles: see Tiling. dynamic: CTAs of a persistent grid draw tiles one by one, instead of by turns.
     """
 
@@ -96,6 +98,12 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
                 f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'"
             )
         return hopper(problem, work)
+    if (
+        backend == "auto"
+        and work.max_qo_len * problem.group_size > 64
+        and hopper_refusal(problem, capability(device)) is None
+    ):
+        return hopper(problem, work)  # tiles full of query rows: bound by arithmetic (benchmarks/NOTES.md, prefill)
     return portable(problem, work, capability(device), num_sms(device))
 
 

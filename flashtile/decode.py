@@ -7,7 +7,6 @@ from functools import partialmethod
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flashtile.attention import (
@@ -52,15 +51,16 @@ def single_decode_with_kv_cache(
 
     Args:
         q: [num_qo_heads, head_dim], fp16, bf16 or fp32.
-        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ. Each of q's
-            dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
+        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ.
+            Each of q's dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
         kv_layout: "NHD" or "HND".
         pos_encoding_mode: "NONE".
         use_tensor_cores: a hint; results do not depend on it.
         q_scale: factor on the logits: a number, or a tensor of one element.
-        k_scale, v_scale, k_zero, v_zero: a number n of k or v stands for (n - zero) * scale. Numbers or tensors: one element,
-            [num_kv_heads], or k's shape without head_dim, then also with groups of 32, 64 or 128 elements of head_dim as one
-            more dimension. Default: 1, and 0 (8 for int4). Zero points are for int8 and int4.
+        k_scale, v_scale, k_zero, v_zero: a number n of k or v stands for (n - zero) * scale. Numbers or tensors: one
+            element, [num_kv_heads], or k's shape without head_dim, then also with groups of 32, 64 or 128 elements of
+            head_dim
+            as one more dimension. Default: 1, and 0 (8 for int4). Zero points are for int8 and int4.
         window_left: the token sees itself and this many keys before it; -1: all.
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         sm_scale: factor on q.k; default head_dim ** -0.5.
@@ -161,11 +161,12 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
         Args:
             indptr: [batch_size + 1], offsets of the requests in `indices`.
             indices: page ids of all requests, one after the other; may be longer than needed.
-            last_page_len: [batch_size], tokens in each request's last page, 1..page_size (0 for a request without pages).
+            last_page_len: [batch_size], tokens in each request's last page, 1..page_size (0 for a request without
+                pages).
             head_dim: of q and k, and of v unless head_dim_vo is given; a multiple of 8 from 16 to 512.
             window_left, logits_soft_cap, sm_scale: as of single_decode_with_kv_cache.
-            q_data_type: default float16. kv_data_type: default q_data_type; or float8_e4m3fn, float8_e5m2, int8, uint8 (packed
-                int4), or a tuple of K's and V's. data_type: both, where they are not given.
+            q_data_type: default float16. kv_data_type: default q_data_type; or float8_e4m3fn, float8_e5m2, int8, uint8
+                (packed int4), or a tuple of K's and V's. data_type: both, where they are not given.
             o_data_type: of the output, default q_data_type.
             non_blocking: taken for compatibility; copies never block.
 
@@ -225,10 +226,12 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
 
         Args:
             q: [batch_size, num_qo_heads, head_dim].
-            paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size,
-                head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension contiguous.
+            paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads,
+                page_size, head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension
+                contiguous.
             q_scale: factor on the logits: a number, or a tensor of one element.
-            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches without head_dim.
+            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches
+                without head_dim.
             out: [batch_size, num_qo_heads, head_dim_vo]; lse: [batch_size, num_qo_heads], fp32: written if given.
             window_left: must equal the planned one if given.
             sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.

@@ -61,8 +61,8 @@ def single_prefill_with_kv_cache(
 
     Args:
         q: [qo_len, num_qo_heads, head_dim_qk], fp16, bf16 or fp32.
-        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ. Each of q's
-            dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
+        k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ.
+            Each of q's dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
         o_dtype: of the output, default q's.
         causal: key j is visible to row i iff j <= i + kv_len - qo_len.
         kv_layout: "NHD" or "HND".
@@ -72,7 +72,8 @@ def single_prefill_with_kv_cache(
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         backend: "auto", "fa2" (the portable family) or "fa3" (the Hopper family).
         k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache.
-        scale_q, scale_k, scale_v, kv_cache_sf, custom_mask, packed_custom_mask, rope_scale, rope_theta: not implemented yet.
+        scale_q, scale_k, scale_v, kv_cache_sf, custom_mask, packed_custom_mask, rope_scale, rope_theta: not
+            implemented yet.
 
     Returns:
         out [qo_len, num_qo_heads, head_dim_vo]; with return_lse also lse [qo_len, num_qo_heads], fp32, base 2.
@@ -192,11 +193,12 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             qo_indptr: [batch_size + 1], offsets of the requests in query tokens.
             paged_kv_indptr: [batch_size + 1], offsets of the requests in `paged_kv_indices`.
             paged_kv_indices: page ids of all requests, one after the other; may be longer than needed.
-            paged_kv_last_page_len: [batch_size], tokens in each last page, 1..page_size (0 for a request without pages).
+            paged_kv_last_page_len: [batch_size], tokens in each last page, 1..page_size (0 for a request without
+                pages).
             head_dim_qk, head_dim_vo: multiples of 8 from 16 to 512; head_dim_vo defaults to head_dim_qk.
             causal, sm_scale, window_left, logits_soft_cap: as of single_prefill_with_kv_cache.
-            q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or float8_e4m3fn,
-                float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
+            q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or
+                float8_e4m3fn, float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
             non_blocking: taken for compatibility; copies never block.
 
         Raises:
@@ -264,10 +266,12 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
 
         Args:
             q: [nnz_qo, num_qo_heads, head_dim_qk].
-            paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads, page_size,
-                head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension contiguous.
+            paged_kv_cache: (k, v), each [pages, page_size, num_kv_heads, head_dim] (NHD) or [pages, num_kv_heads,
+                page_size, head_dim] (HND), or one tensor with K and V in dimension 1. Any strides, the last dimension
+                contiguous.
             q_scale: factor on the logits: a number, or a tensor of one element.
-            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches without head_dim.
+            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches
+                without head_dim.
             out: [nnz_qo, num_qo_heads, head_dim_vo]; lse: [nnz_qo, num_qo_heads], fp32: written if given.
             window_left: must equal the planned one if given.
             sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.
@@ -293,7 +297,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
-    """Prefill or append attention of a batch whose K and V lie one request after the other: plan() once, run() per layer.
+    """Prefill or append attention of a batch whose K and V lie one request after the other: plan() once, run() per
+    layer.
 
     Args:
         float_workspace_buffer: scratch memory on the device, any dtype; `workspace_size()` tells what a plan needs.
@@ -360,8 +365,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
             qo_indptr, kv_indptr: [batch_size + 1], offsets of the requests in query tokens and in KV tokens.
             head_dim_qk, head_dim_vo: multiples of 8 from 16 to 512; head_dim_vo defaults to head_dim_qk.
             causal, sm_scale, window_left, logits_soft_cap: as of single_prefill_with_kv_cache.
-            q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or float8_e4m3fn,
-                float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
+            q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or
+                float8_e4m3fn, float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
             non_blocking: taken for compatibility; copies never block.
 
         Raises:
@@ -427,10 +432,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
 
         Args:
             q: [nnz_qo, num_qo_heads, head_dim_qk].
-            k, v: [nnz_kv, num_kv_heads, head_dim] (NHD) or [num_kv_heads, nnz_kv, head_dim] (HND); any strides, the last
-                dimension contiguous.
+            k, v: [nnz_kv, num_kv_heads, head_dim] (NHD) or [num_kv_heads, nnz_kv, head_dim] (HND); any strides, the
+                last dimension contiguous.
             q_scale: factor on the logits: a number, or a tensor of one element.
-            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches without head_dim.
+            k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache; per token, shaped as the caches
+                without head_dim.
             out: [nnz_qo, num_qo_heads, head_dim_vo]; lse: [nnz_qo, num_qo_heads], fp32: written if given.
             sinks: [num_qo_heads], one more logit per head that joins the softmax's sum and has no value.
             enable_pdl: a hint on launch overlap; results do not depend on it.

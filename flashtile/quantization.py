@@ -1,4 +1,5 @@
-"""Narrow formats: bits packed into bytes (numpy's semantics), KV caches of 8 and 4 bits. Defined by reference/quantization.py."""
+"""Narrow formats: bits packed into bytes (numpy's semantics), KV caches of 8 and 4 bits. Defined by
+reference/quantization.py."""
 
 import torch
 from torch import Tensor
@@ -121,8 +122,8 @@ def quantize_kv_int8(
 
     Args:
         x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32.
-        scale: one value, [num_kv_heads] or [..., num_kv_heads], for symmetric numbers; default: per row, from its largest
-            element.
+        scale: one value, [num_kv_heads] or [..., num_kv_heads], for symmetric numbers; default: per row, from its
+            largest element.
         symmetric: without a zero point. Otherwise the row's smallest element becomes -128 and its largest 127.
 
     Returns:
@@ -151,11 +152,12 @@ def quantize_kv_int4(
     Args:
         x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32.
         group_size: elements of a row that share a scale: 32, 64, 128; default: the whole row.
-        symmetric: numbers around 8, without a zero point. Otherwise a group's smallest element becomes 0 and its largest 15.
+        symmetric: numbers around 8, without a zero point. Otherwise a group's smallest element becomes 0 and its
+            largest 15.
 
     Returns:
-        The bytes [..., num_kv_heads, head_dim / 2]; the scale, fp32, [..., num_kv_heads], with group_size [..., num_kv_heads,
-        head_dim / group_size]; and the zero point, shaped as the scale, or None.
+        The bytes [..., num_kv_heads, head_dim / 2]; the scale, fp32, [..., num_kv_heads], with group_size [...,
+        num_kv_heads, head_dim / group_size]; and the zero point, shaped as the scale, or None.
 
     Raises:
         ValueError: another dtype, or a head_dim that cannot be packed or cut into groups.
@@ -199,8 +201,8 @@ def dequantize_kv_int8(
 def dequantize_kv_int4(
     x: Tensor, scale: float | Tensor, zero: float | Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The values that `quantize_kv_int4` stored: (number - zero) * scale, [..., num_kv_heads, head_dim], in `dtype`. Without
-    zero, numbers are around 8."""
+    """The values that `quantize_kv_int4` stored: (number - zero) * scale, [..., num_kv_heads, head_dim], in `dtype`.
+    Without zero, numbers are around 8."""
     checks.check_dtype("x", x, (torch.uint8,))
     return dequantize_kv(x, scale, zero).to(dtype)
 
@@ -235,7 +237,8 @@ def _given(name: str, scale: float | Tensor, values: Tensor) -> Tensor:
     used = torch.as_tensor(scale, dtype=torch.float32, device=values.device)
     if used.numel() != 1 and tuple(used.shape) not in (tuple(values.shape[-2:-1]), tuple(values.shape[:-1])):
         raise ValueError(
-            f"{name}: expected one value, {list(values.shape[-2:-1])} or {list(values.shape[:-1])}, got {list(used.shape)}"
+            f"{name}: expected one value, {list(values.shape[-2:-1])} or {list(values.shape[:-1])}, "
+            f"got {list(used.shape)}"
         )
     return used
 

@@ -1,9 +1,9 @@
 """Where the random numbers of a call come from: a seed and an offset, given or taken from a torch.Generator.
 
-The numbers themselves are made by counters (Philox), so nothing is stored per row: a row's numbers are a function of the
-seed, the offset, its stream and the draw (reference/sampling.py, `uniform`). Under one seed for the whole batch the
-stream is the output row. Under a seed for each row the stream is 0, so that such a row draws the same token alone, in
-any batch, and at any place in it."""
+The numbers themselves are made by counters (Philox), so nothing is stored per row: a row's numbers are a function of
+the seed, the offset, its stream and the draw (reference/sampling.py, `uniform`). Under one seed for the whole batch
+the stream is the output row. Under a seed for each row the stream is 0, so that such a row draws the same token
+alone, in any batch, and at any place in it."""
 
 from typing import NamedTuple
 
@@ -34,13 +34,15 @@ def random_state(
     """The state of one call; no host sync.
 
     seed (with offset, default 0) is used as it is given. Otherwise both come from the generator, or the default one of
-    the device, and its state moves on: a CUDA generator gives its own seed and offset, any other one a random seed. While
-    a CUDA graph is captured, and under torch.compile, a seed is drawn on the device, so that each replay has new numbers.
+    the device, and its state moves on: a CUDA generator gives its own seed and offset, any other one a random seed.
+    While a CUDA graph is captured, and under torch.compile, a seed is drawn on the device, so that each replay has new
+    numbers.
 
     Raises:
         TypeError: seed or offset is neither an integer nor a tensor.
-        ValueError: seed beside generator, offset without seed, a generator of another CUDA device, or a tensor that does
-            not fit.
+        NotImplementedError: a generator under torch.compile.
+        ValueError: seed beside generator, offset without seed, a generator of another CUDA device, or a tensor that
+            does not fit.
     """
     if seed is not None:
         if generator is not None:
@@ -53,6 +55,8 @@ def random_state(
         raise ValueError("offset: got one without seed; give both, or neither")
     if generator is not None and generator.device.type != "cpu" and generator.device != device:
         raise ValueError(f"generator: expected one of the CPU or of {device}, got one of {generator.device}")
+    if generator is not None and torch.compiler.is_compiling():
+        raise checks.not_implemented("generator", "under torch.compile give seed and offset, as tensors")
     on_device = generator is None or generator.device.type == "cuda"
     if torch.compiler.is_compiling() or (
         device.type == "cuda" and on_device and torch.cuda.is_current_stream_capturing()

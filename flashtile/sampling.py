@@ -8,6 +8,7 @@ Where numbers come from: see flashtile/randomness.py. `deterministic=False` perm
 kernel here makes use of it."""
 
 import struct
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -18,19 +19,22 @@ from flashtile.randomness import random_state
 _RANDOM = "Tensor? seed, int seed_value, Tensor? offset, int offset_value"
 _sample_from_probs = library.launcher(
     "sampling",
-    "sample_from_probs(Tensor(a!) ids, Tensor(b!) valid, Tensor probs, Tensor? indices, Tensor? top_k, int top_k_value, "
-    f"Tensor? top_p, float top_p_value, Tensor? min_p, float min_p_value, bool joint, {_RANDOM}) -> ()",
+    "sample_from_probs(Tensor(a!) ids, Tensor(b!) valid, Tensor probs, Tensor? indices, "
+    "Tensor? top_k, int top_k_value, Tensor? top_p, float top_p_value, Tensor? min_p, float min_p_value, "
+    f"bool joint, {_RANDOM}) -> ()",
 )
 _sample_from_logits = library.launcher(
     "sampling",
     f"sample_from_logits(Tensor(a!) ids, Tensor(b!) valid, Tensor logits, Tensor? indices, {_RANDOM}) -> ()",
 )
 _softmax = library.launcher(
-    "sampling", "softmax(Tensor(a!) out, Tensor logits, Tensor? temperature, float temperature_value) -> ()"
+    "sampling",
+    "softmax(Tensor(a!) out, Tensor logits, Tensor? temperature, float temperature_value, bool? enable_pdl) -> ()",
 )
 _renorm_probs = library.launcher(
     "sampling",
-    "renorm_probs(Tensor(a!) out, Tensor probs, Tensor? top_k, int top_k_value, Tensor? top_p, float top_p_value) -> ()",
+    "renorm_probs(Tensor(a!) out, Tensor probs, Tensor? top_k, int top_k_value, Tensor? top_p, float top_p_value) "
+    "-> ()",
 )
 _mask_logits = library.launcher(
     "sampling", "mask_logits(Tensor(a!) out, Tensor logits, Tensor? top_k, int top_k_value) -> ()"
@@ -42,7 +46,7 @@ _chain_speculative = library.launcher(
 )
 
 _FILTER_ORDERS = ("top_k_first", "joint")
-Samples = Tensor | tuple[Tensor, Tensor]
+Samples = Any  # ids; with return_valid, (ids, valid)
 
 
 def sampling_from_probs(
@@ -58,8 +62,8 @@ def sampling_from_probs(
     """Draw one token from each row of probabilities.
 
     Args:
-        probs: [batch_size, vocab_size], or [num_rows, vocab_size] with indices; fp16, bf16 or fp32, computed in fp32. Rows
-            are taken relative to their sum.
+        probs: [batch_size, vocab_size], or [num_rows, vocab_size] with indices; fp16, bf16 or fp32, computed in fp32.
+            Rows are taken relative to their sum.
         indices: [batch_size], int32 or int64: the row of probs that each output is drawn from.
         deterministic: equal inputs and seeds give equal results; always so here.
         generator: where seed and offset come from; default: the device's own. Its state advances.
@@ -69,9 +73,9 @@ def sampling_from_probs(
         return_valid: also say which rows were distributions.
 
     Returns:
-        ids [batch_size], of the dtype of indices, int32 without; with return_valid also valid [batch_size], bool. An id of
-        probability zero is never drawn. A row with a NaN, an infinity or no positive entry gives id 0, valid False, and
-        disturbs no other row.
+        ids [batch_size], of the dtype of indices, int32 without; with return_valid also valid [batch_size], bool. An
+        id of probability zero is never drawn. A row with a NaN, an infinity or no positive entry gives id 0, valid
+        False, and disturbs no other row.
 
     Raises:
         ValueError: a shape, dtype, device, stride or random state that does not fit, or a NaN under check_nan.
@@ -119,8 +123,8 @@ def top_p_sampling_from_probs(
     """Draw from the most probable tokens whose mass reaches top_p of the row's (nucleus sampling, arXiv:1904.09751).
 
     Args:
-        top_p: in 0..1; a number or [batch_size]. The token that crosses top_p is kept, with those of equal probability; 0
-            keeps the most probable one, 1 keeps all.
+        top_p: in 0..1; a number or [batch_size]. The token that crosses top_p is kept, with those of equal
+            probability; 0 keeps the most probable one, 1 keeps all.
         The others: as for `sampling_from_probs`.
     """
     return _sample(probs, indices, generator, check_nan, seed, offset, return_valid, top_p=top_p)
@@ -237,7 +241,8 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
     Args:
         logits: [batch_size, vocab_size], fp16, bf16 or fp32; may hold -inf.
         temperature: above 0; a number or [batch_size]. Default: 1.
-        enable_pdl: allow programmatic dependent launch; there is nothing to enable here, and results do not depend on it.
+        enable_pdl: let kernels of this call overlap (programmatic dependent launch, on sm_90 and later). None: yes.
+            Results do not depend on it.
 
     Returns:
         [batch_size, vocab_size], fp32. A row of -inf alone gives zeros; a row with a NaN or +inf gives NaN.
@@ -249,7 +254,7 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
             f"temperature: expected numbers above 0, got {temperature}; for greedy decoding take the argmax"
         )
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    _softmax(out, logits, tensor, value)
+    _softmax(out, logits, tensor, value, enable_pdl)
     return out
 
 
@@ -309,15 +314,15 @@ def chain_speculative_sampling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check a chain of proposed tokens against the target model's probabilities (arXiv:2302.01318).
 
-    A proposal is accepted if u * p_draft < p_target. At the first one that is not, a token is drawn from the positive part
-    of target - draft and the chain ends; if all are accepted, a bonus token is drawn from the last target row.
+    A proposal is accepted if u * p_draft < p_target. At the first one that is not, a token is drawn from the positive
+    part of target - draft and the chain ends; if all are accepted, a bonus token is drawn from the last target row.
 
     Args:
         draft_probs: [batch_size, num_speculative_tokens, vocab_size], fp16, bf16 or fp32.
         draft_token_ids: [batch_size, num_speculative_tokens], int32 or int64, each a token id.
         target_probs: [batch_size, num_speculative_tokens + 1, vocab_size]; dtype of draft_probs.
-        maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num: [batch_size], int32: counters that are added
-            to in place. Default: new ones, from 0.
+        maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num: [batch_size], int32: counters that are
+            added to in place. Default: new ones, from 0.
         deterministic, generator, seed, offset: as for `sampling_from_probs`.
 
     Returns:

@@ -1,4 +1,5 @@
-"""Reading what run() is told about the scales of a cache: numbers fold into sm_scale, tensors go to the kernel as they are."""
+"""Reading what run() is told about the scales of a cache: numbers fold into sm_scale, tensors go to the kernel as they
+are."""
 
 from collections.abc import Sequence
 
@@ -117,16 +118,15 @@ class _Reader:
             check_inner_contiguous(name, rows)
             return Factor("group", rows)
         raise ValueError(
-            f"{name}: expected one value, [{self.plan.problem.num_kv_heads}] (per KV head), the shape of the cache without "
-            f"head_dim, or that and groups of {KV_GROUP_SIZES} elements of head_dim {head_dim}; got {list(x.shape)} for a "
-            f"cache of {shape} rows ({'pages, tokens, heads' if paged else 'tokens, heads'})"
+            f"{name}: expected one value, [{self.plan.problem.num_kv_heads}] (per KV head), the shape of the cache "
+            f"without head_dim, or that and groups of {KV_GROUP_SIZES} elements of head_dim {head_dim}; "
+            f"got {list(x.shape)} for a cache of {shape} rows ({'pages, tokens, heads' if paged else 'tokens, heads'})"
         )
 
 
-def _matched(
-    scale: Factor | None, zero: float | Factor | None, cache: Tensor
-) -> tuple[Factor | None, Factor | None]:
-    """Scale and zero point in forms that go together (plan/scales.py): both "group" if one is, a zero point never "head"."""
+def _matched(scale: Factor | None, zero: float | Factor | None, cache: Tensor) -> tuple[Factor | None, Factor | None]:
+    """Scale and zero point in forms that go together (plan/scales.py): both "group" if one is, a zero point never
+    "head"."""
     if zero is None:
         return scale, None
     if isinstance(zero, float):
@@ -137,11 +137,11 @@ def _matched(
         return scale, zero if zero.form == "token" else Factor("token", zero.values.expand(rows))
     if scale is None:
         scale = Factor("head", torch.ones(1, device=cache.device).expand(cache.shape[-2]))
-    spread = [
-        f.values if f.form == "group" else f.values[..., None].expand(*rows, groups[0]) for f in (scale, zero)
-    ]
+    spread = [f.values if f.form == "group" else f.values[..., None].expand(*rows, groups[0]) for f in (scale, zero)]
     if spread[0].shape != spread[1].shape:
-        raise ValueError(f"a scale in {spread[0].shape[-1]} groups needs a zero point in as many, got {spread[1].shape[-1]}")
+        raise ValueError(
+            f"a scale in {spread[0].shape[-1]} groups needs a zero point in as many, got {spread[1].shape[-1]}"
+        )
     return Factor("group", spread[0]), Factor("group", spread[1])
 
 

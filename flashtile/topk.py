@@ -155,7 +155,8 @@ def top_k_varlen(
 ) -> tuple[Tensor, Tensor | None]:
     """The top_k best-scored positions of each row, where next_n rows belong to a request (speculative decoding).
 
-    Row r of a request counts (seq_len - next_n + r + 1) // compress_ratio scores: each token sees one more than the last.
+    Row r of a request counts (seq_len - next_n + r + 1) // compress_ratio scores: each token sees one more than
+    the one before it.
 
     Args:
         logits: scores [batch_size * next_n, max_len], fp16, bf16 or fp32.
@@ -177,7 +178,8 @@ def top_k_varlen(
         raise checks.not_implemented(f"backend={backend!r}", "use 'auto'")
     if min(next_n, compress_ratio) < 1 or len(logits) % max(next_n, 1):
         raise ValueError(
-            f"next_n: expected a divisor of {len(logits)} rows (and compress_ratio 1 or more), got {next_n}, {compress_ratio}"
+            f"next_n: expected a divisor of {len(logits)} rows, and compress_ratio 1 or more, "
+            f"got {next_n} and {compress_ratio}"
         )
     lens = _index_rows("seq_lens", seq_lens, len(logits) // next_n, logits.device)
     place = torch.arange(next_n, device=logits.device)

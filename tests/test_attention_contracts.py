@@ -155,7 +155,7 @@ def test_workspace_of_exactly_the_stated_size_works_and_less_is_refused() -> Non
     for size, fits in ((need, True), (need - 1, False)):
         wrapper = flashtile.BatchPrefillWithPagedKVCacheWrapper(workspace(size))
         wrapper._config = small
-        plan = lambda w=wrapper: w.plan(
+        arguments = (
             x.qo_indptr,
             x.kv_indptr,
             x.kv_indices,
@@ -163,15 +163,14 @@ def test_workspace_of_exactly_the_stated_size_works_and_less_is_refused() -> Non
             *case.heads,
             case.head_dim,
             case.page_size,
-            causal=True,
-            q_data_type=torch.float32,
-        )  # noqa: E731, E501
+        )
+        options = {"causal": True, "q_data_type": torch.float32}
         if fits:
-            plan()
+            wrapper.plan(*arguments, **options)
             assert torch.equal(run_case(x, wrapper)[0], run_case(x, cut)[0])
         else:
             with pytest.raises(ValueError, match=f"needs {need} bytes"):
-                plan()
+                wrapper.plan(*arguments, **options)
 
 
 @pytest.mark.parametrize("name", ["decode", "append", "ragged"])
@@ -221,7 +220,7 @@ def test_neighbours_of_an_empty_request_keep_their_bits() -> None:
 def test_single_functions(layout: str, causal: bool) -> None:
     q, k, v = torch.randn(7, 6, 40), torch.randn(23, 2, 40), torch.randn(23, 2, 24)
     kk, vv = (k, v) if layout == "NHD" else (k.transpose(0, 1), v.transpose(0, 1))
-    oracle = [t for t in attention(q.double(), k.double(), v.double(), causal=causal, logits_soft_cap=3.0)]
+    oracle = attention(q.double(), k.double(), v.double(), causal=causal, logits_soft_cap=3.0)
     peer = attention(q, k, v, causal=causal, logits_soft_cap=3.0)
     out, lse = flashtile.single_prefill_with_kv_cache(
         q, kk, vv, causal=causal, kv_layout=layout, logits_soft_cap=3.0, return_lse=True

@@ -27,9 +27,11 @@ MERGE = tl.constexpr(MERGE_STRIDE)
 
 @triton.jit
 def dot(a, b, acc, PARTS_OF: tl.constexpr):
-    """acc + a @ b in fp32; b is one of PARTS_OF parts. fp32 operands are multiplied in fp64: sums of TF32 products, or of 512
-    fp32 ones in a row, err more than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that
-    serve models. Parts are in fp32 (Triton 3.6 cannot compile fp64 products of words of 16 bits), but shorter."""
+    """acc + a @ b in fp32; b is one of PARTS_OF parts. fp32 operands are multiplied in fp64: sums of TF32 products, or
+    of 512 fp32 ones in a row, err more than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on
+    the
+    GPUs that serve models. Parts are in fp32 (Triton 3.6 cannot compile fp64 products of words of 16 bits), but
+    shorter."""
     if a.dtype == tl.float32:
         if PARTS_OF == 1:
             product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
@@ -69,8 +71,8 @@ def turned(x):
 
 @triton.jit
 def split_scale(scale):
-    """A scale [BLOCK_N] fp32 as mantissa * 2**power: power, 2**-power and the mantissa, fp32. The power is at least -100, so
-    that sums of 2**-power are finite even where V is all zeros, and its scale with it."""
+    """A scale [BLOCK_N] fp32 as mantissa * 2**power: power, 2**-power and the mantissa, fp32. The power is at least
+    -100, so that sums of 2**-power are finite even where V is all zeros, and its scale with it."""
     bits = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 27 << 23)
     inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
     return (bits >> 23).to(tl.float32) - 127.0, inverse, scale * inverse
@@ -100,13 +102,14 @@ def attend(
 ):  # fmt: skip
     """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles [BLOCK_M, BLOCK_V], all fp32.
 
-    With WAYS > 1 each warp walks the keys alone that are its part of a step: states and tiles have one more dimension, WAYS,
-    in front, and no step waits for what another warp found. Below, -1 and -2 are the last dimensions in either case.
+    With WAYS > 1 each warp walks the keys alone that are its part of a step: states and tiles have one more dimension,
+    WAYS, in front, and no step waits for what another warp found. Below, -1 and -2 are the last dimensions in either
+    case.
 
     q: tuple of tiles [BLOCK_M, BLOCK_K], one per part of K; q_sum [BLOCK_M]: its sum over all dims, for the zero point;
     q_pos [BLOCK_M]: position in the KV sequence. k, v: (pointer, stride of a page, stride of a row, scale, zero point).
-    shift [BLOCK_M]: what V's zero points take from each dim of acc. Without MASKED, all rows see all of [begin, end) and
-    its length is a multiple of BLOCK_N.
+    shift [BLOCK_M]: what V's zero points take from each dim of acc. Without MASKED, all rows see all of [begin, end)
+    and its length is a multiple of BLOCK_N.
     """
     k_ptr, stride_kp, stride_kn, k_scale, k_zero = k
     v_ptr, stride_vp, stride_vn, v_scale, v_zero = v
@@ -189,9 +192,11 @@ def join_ways(m, l, acc, shift):
 
 
 @triton.jit
-def load_query(q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):
-    """The query in parts, as codec.py cuts K: tiles [BLOCK_M, BLOCK] of dims i, i + PARTS_OF ... Also its sum over all dims,
-    and the factor [BLOCK_M] that was taken out of it: bf16 values may exceed fp16."""
+def load_query(
+    q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr
+):
+    """The query in parts, as codec.py cuts K: tiles [BLOCK_M, BLOCK] of dims i, i + PARTS_OF ... Also its sum over all
+    dims, and the factor [BLOCK_M] that was taken out of it: bf16 values may exceed fp16."""
     cols = tl.arange(0, BLOCK)
     mask = valid[:, None] & (cols < WIDTH)[None, :]
     loaded = ()
@@ -199,11 +204,12 @@ def load_query(q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, 
         ptrs = q_ptr + (rows[:, None] + (cols * PARTS_OF + i)[None, :])
         loaded = loaded + (tl.load(ptrs, mask=mask, other=0.0),)
     unit = tl.full([rows.shape[0]], 1.0, tl.float32)
-    if q_ptr.dtype.element_ty == tl.bfloat16 and TYPE == tl.float16:
+    if q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == TYPE:
         top = tl.zeros([rows.shape[0]], tl.float32)
         for i in tl.static_range(PARTS_OF):
             top = tl.maximum(top, tl.max(tl.abs(loaded[i].to(tl.float32)), 1))
-        power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the largest power of 2 <= top
+        # the largest power of 2 <= top
+        power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.where(power == 0.0, 1.0, power)
     total = tl.zeros([rows.shape[0]], tl.float32)
     q = ()
@@ -232,8 +238,8 @@ def attention_kernel(
 ):  # fmt: skip
     """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
 
-    A row of K is K_WIDTH elements of k_ptr, each with K_PARTS values. k_scale ... v_zero: (pointer, strides of a page, a
-    row and a head, for "group" also a group), or (pointer, stride of a head) for "head"; None if there is none.
+    A row of K is K_WIDTH elements of k_ptr, each with K_PARTS values. k_scale ... v_zero: (pointer, strides of a page,
+    a row and a head, for "group" also a group), or (pointer, stride of a head) for "head"; None if there is none.
     """
     item = items_ptr + tl.program_id(1).to(tl.int64) * ITEM
     q_begin = tl.load(item + 1)
@@ -281,7 +287,7 @@ def attention_kernel(
         k_zero = of_head(k_zero, kv_head)
     if v_zero is not None:
         v_zero = of_head(v_zero, kv_head)
-    if q_ptr.dtype.element_ty == tl.bfloat16 and K_TYPE == tl.float16:
+    if q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == K_TYPE:
         logit_params = ((sm_scale * q_unit)[:, None], soft_cap)
     else:
         logit_params = (sm_scale, soft_cap)
@@ -300,21 +306,25 @@ def attention_kernel(
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
             m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
+            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
+            STAGES)  # fmt: skip
     else:
         if LEFT:
             m, l, acc, shift = attend(
                 q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, left,
                 m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-                K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
+                K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
+                1)  # fmt: skip
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, left, right,
             m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
+            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
+            STAGES)  # fmt: skip
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, right, end,
             m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
+            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
+                1)  # fmt: skip
 
     if WAYS > 1:
         m, l, acc, shift = join_ways(m, l, acc, shift)
@@ -415,8 +425,8 @@ def run(
     sinks: torch.Tensor | None,
     scales: Scales | None = None,
 ) -> None:
-    """Launch the portable family: q [nnz_qo, num_qo_heads, head_dim_qk]; k, v as NHD, paged [pages, page_size, heads, dim]
-    or ragged [nnz_kv, heads, dim]; out and lse are written. Partial states go to the workspace and are merged."""
+    """Launch the portable family: q [nnz_qo, num_qo_heads, head_dim_qk]; k, v as NHD, paged [pages, page_size, heads,
+    dim] or ragged [nnz_kv, heads, dim]; out and lse are written. Partial states go to the workspace and are merged."""
     p, c = plan.problem, plan.config
     scales = fit_scales(scales, c) if scales else NO_SCALES
     partial, partial_lse = plan.partials(workspace)
@@ -437,8 +447,8 @@ def run(
 
 
 def fit_scales(scales: Scales, c: Config) -> Scales:
-    """Scales in the forms that suit a tile. Where many rows share K and V, these are multiplied by a scale per token; folded
-    into logits and probabilities, of which a thread holds many columns, it would take too many registers."""
+    """Scales in the forms that suit a tile. Where many rows share K and V, these are multiplied by a scale per token;
+    folded into logits and probabilities, of which a thread holds many columns, it would take too many registers."""
     if c.block_m <= 16:
         return scales
 
@@ -521,7 +531,8 @@ def block_width(head_dim: int, parts: int) -> int:
 
 
 def product_type(q_dtype: torch.dtype, kv_format: str, scale: Factor | None) -> tl.dtype:
-    """What a product with K or V is computed in: fp16, in which narrow formats are exact, unless a scale was applied first."""
+    """What a product with K or V is computed in: fp16, in which narrow formats are exact, unless a scale was applied
+    first."""
     if kv_format != "plain" and q_dtype != torch.float32 and not (scale is not None and scale.form == "group"):
         return tl.float16
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[q_dtype]
@@ -536,11 +547,13 @@ def compile_cases() -> list[CompileCase]:
             *[_case(f"decode.page{n}", sm, half, 1, page_size=n) for n in (1, 16, 64)],
             _case("decode.fp16.window", sm, torch.float16, 1, page_size=16, window_left=1024),
             _case("decode.fp32", sm, full, 1, page_size=16),
-            *[_case(f"decode.dim{d}", sm, half, 1, page_size=16, head_dim_qk=d, head_dim_vo=d) for d in (64, 96, 256, 512)],
+            *[_case(f"decode.dim{d}", sm, half, 1, page_size=16, head_dim_qk=d, head_dim_vo=d)
+              for d in (64, 96, 256, 512)],
             _case("append", sm, half, 8, page_size=16, window_right=0),
             _case("prefill.ragged", sm, half, 1024, window_right=0),
             _case("prefill.full", sm, half, 1024, page_size=16),
-            _case("prefill.variants", sm, half, 1024, page_size=16, window_left=512, window_right=0, logits_soft_cap=30.0),
+            _case("prefill.variants", sm, half, 1024, page_size=16, window_left=512, window_right=0,
+                  logits_soft_cap=30.0),
             _case("prefill.fp32", sm, full, 1024, window_right=0),
             _case("prefill.dim64", sm, half, 1024, window_right=0, head_dim_qk=64, head_dim_vo=64),
             _case("prefill.dim192x128", sm, half, 1024, window_right=0, head_dim_qk=192),
@@ -549,14 +562,16 @@ def compile_cases() -> list[CompileCase]:
             *[_case(f"{name}.{cache}.{form}", sm, half, qo_len, _scales(form), page_size=16, kv_dtype=cache_dtype)
               for name, qo_len in (("decode", 1), ("append", 8), ("prefill", 1024))
               for cache, cache_dtype, form in (
-                  ("e4m3", torch.float8_e4m3fn, "head"), ("e5m2", torch.float8_e5m2, "head"), ("int8", torch.int8, "token"),
-                  ("int4", torch.uint8, "token"), ("int4", torch.uint8, "zero"), ("int4", torch.uint8, "group"),
+                  ("e4m3", torch.float8_e4m3fn, "head"), ("e5m2", torch.float8_e5m2, "head"),
+                  ("int8", torch.int8, "token"), ("int4", torch.uint8, "token"),
+                  ("int4", torch.uint8, "zero"), ("int4", torch.uint8, "group"),
               )],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
-            _case("decode.int4.dim512", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.uint8, head_dim_qk=512,
-                  head_dim_vo=512),
-            _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8, v_dtype=torch.uint8),
+            _case("decode.int4.dim512", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.uint8,
+                  head_dim_qk=512, head_dim_vo=512),
+            _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8,
+                  v_dtype=torch.uint8),
         ]  # fmt: skip
     merge = dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32")
     merge |= {"out_ptr": "*bf16", "merges_ptr": "*i32"}
@@ -590,7 +605,9 @@ def _case(
     signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
     signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")
     constants = constexprs(problem, config, has_sinks="variants" in name, scales=scales)
-    for argument, factor in zip(("k", "v", "k_zero", "v_zero"), (scales.k, scales.v, scales.k_zero, scales.v_zero), strict=True):
+    for argument, factor in zip(
+        ("k", "v", "k_zero", "v_zero"), (scales.k, scales.v, scales.k_zero, scales.v_zero), strict=True
+    ):
         argument += "_scale" if "_" not in argument else ""
         if factor is None:
             constants[argument] = None

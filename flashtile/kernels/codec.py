@@ -1,9 +1,10 @@
 """How a row of K or V is decoded: one small function per cache format, passed to the mainloop.
 
-Narrow rows are read as 16-bit words, each with two 8-bit or four 4-bit neighbours along head_dim. A function turns a tile
-of words [BLOCK_N, BLOCK_W] into a tuple of fp16 tiles of the same shape: part i holds dims i, i + PARTS, i + 2 * PARTS ...
-All values of the formats are exact in fp16. The mainloop multiplies part by part, so that nothing moves between threads:
-words reach the layout of a tensor-core operand as any 16-bit type does, and are decoded there, two at a time.
+Narrow rows are read as 16-bit words, each with two 8-bit or four 4-bit neighbours along head_dim. A function turns a
+tile of words [BLOCK_N, BLOCK_W] into a tuple of fp16 tiles of the same shape: part i holds dims i, i + PARTS, i + 2 *
+PARTS
+... All values of the formats are exact in fp16. The mainloop multiplies part by part, so that nothing moves between
+threads: words reach the layout of a tensor-core operand as any 16-bit type does, and are decoded there, two at a time.
 """
 
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 
 # What a function takes off the numbers of a format; zero points count from there.
 BIAS = {"plain": 0.0, "e4m3": 0.0, "e5m2": 0.0, "int8": 0.0, "int4": 8.0}
+
 
 @triton.jit
 def plain(x):
@@ -33,8 +35,8 @@ def e4m3(x):
 
 @triton.jit
 def e4m3_by_bits(x):
-    """fp8 e4m3 on other GPUs; its NaN reads as 480. The sign, then exponent and mantissa one bit lower, are the fp16 of the
-    value times 2**-8, subnormals too; 0x5c00 is 256."""
+    """fp8 e4m3 on other GPUs; its NaN reads as 480. The sign, then exponent and mantissa one bit lower, are the fp16
+    of the value times 2**-8, subnormals too; 0x5c00 is 256."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 even, odd, t, f;
         mov.b32 f, 0x5c005c00;

@@ -9,7 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def contiguous_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
-    """Page and row, [BLOCK_N] int64, of ragged KV: token kv_pos of the request is row kv_base + kv_pos; there is one page."""
+    """Page and row, [BLOCK_N] int64, of ragged KV: token kv_pos of the request is row kv_base + kv_pos; there is one
+    page."""
     row = (kv_base + kv_pos).to(tl.int64)
     return tl.zeros_like(row), row
 
@@ -25,7 +26,8 @@ def paged_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr
 
 @triton.jit
 def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns `cols` [BLOCK], of which WIDTH exist, of the rows at offsets `rows` [BLOCK_N] in elements; 0 elsewhere."""
+    """Columns `cols` [BLOCK], of which WIDTH exist, of the rows at offsets `rows` [BLOCK_N] in elements; 0
+    elsewhere."""
     ptrs = ptr + (tl.expand_dims(rows, -1) + cols)
     if MASKED and WIDTH != BLOCK:
         return tl.load(ptrs, mask=tl.expand_dims(in_range, -1) & (cols < WIDTH), other=0.0)
@@ -39,7 +41,8 @@ def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def of_head(factor, kv_head):
-    """A scale or zero point of one head: (pointer, strides of a page, a row, a head (and a group)) without the head's."""
+    """A scale or zero point of one head: (pointer, strides of a page, a row, a head (and a group)) without the
+    head's."""
     ptr = factor[0] + kv_head * factor[3]
     if len(factor) == 4:
         return (ptr, factor[1], factor[2])
@@ -61,8 +64,8 @@ def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
 def load_group_factor(
     factor, page, row, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A scale or zero point per token and group of GROUP_WIDTH columns, spread over the columns: [BLOCK_N, BLOCK] fp32. factor
-    is (pointer, strides of a page, a row and a group)."""
+    """A scale or zero point per token and group of GROUP_WIDTH columns, spread over the columns: [BLOCK_N, BLOCK]
+    fp32. factor is (pointer, strides of a page, a row and a group)."""
     GROUPS: tl.constexpr = BLOCK // GROUP_WIDTH
     group = tl.arange(0, GROUPS)
     ptrs = factor[0] + (tl.expand_dims(page * factor[1] + row * factor[2], -1) + group * factor[3])

@@ -9,8 +9,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softmax_step(s, m, MASKED: tl.constexpr):
-    """Probabilities p of the logits s [BLOCK_M, BLOCK_N], in log2 units, relative to the new running maximum; that maximum
-    [BLOCK_M]; and alpha [BLOCK_M], which brings what was summed relative to m to the new one. Dimensions in front are kept.
+    """Probabilities p of the logits s [BLOCK_M, BLOCK_N], in log2 units, relative to the new running maximum; that
+    maximum [BLOCK_M]; and alpha [BLOCK_M], which brings what was summed relative to m to the new one. Dimensions in
+    front are
+    kept.
 
     MASKED: s may hold -inf, so that a row may have seen no key yet.
     """
@@ -35,8 +37,8 @@ def add_sink(m, l, sink):
 
 @triton.jit
 def finish(m, l):
-    """Of a state (m, l, acc): the factor on acc that gives out, and lse, base 2; [BLOCK_M] both. For a row that saw no key
-    they are 0 and -inf."""
+    """Of a state (m, l, acc): the factor on acc that gives out, and lse, base 2; [BLOCK_M] both. For a row that saw no
+    key they are 0 and -inf."""
     empty = l == 0.0
     safe = tl.where(empty, 1.0, l)
     return tl.where(empty, 0.0, 1.0 / safe), tl.where(empty, NEG_INF, m + tl.log2(safe))

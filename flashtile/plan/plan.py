@@ -16,8 +16,8 @@ from flashtile.plan.worklist import ITEM_STRIDE, MERGE_STRIDE, Ints, make_workli
 class Lengths:
     """Where the requests of a batch lie, on the host.
 
-    qo_indptr [batch_size + 1] in query tokens; kv_base [batch_size]: first KV token (ragged) or first entry of kv_indices
-    (paged); kv_len [batch_size] in tokens.
+    qo_indptr [batch_size + 1] in query tokens; kv_base [batch_size]: first KV token (ragged) or first entry of
+    kv_indices (paged); kv_len [batch_size] in tokens.
     """
 
     qo_indptr: Ints

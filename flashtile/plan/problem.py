@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Cache formats by the dtype of the cache; other dtypes are "plain" and must be the query's. uint8 holds two int4 a byte.
+# Cache formats by the dtype of the cache; other dtypes are "plain" and must be the query's. uint8 holds two int4 a
+# byte.
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8", torch.uint8: "int4"}
 # Values of a format in the 16-bit words that kernels read.
 PARTS = {"plain": 1, "e4m3": 2, "e5m2": 2, "int8": 2, "int4": 4}

@@ -10,8 +10,8 @@ class Factor:
     """A scale or zero point, on the device of the cache.
 
     form "head": values [num_kv_heads]. "token": [pages, page_size, num_kv_heads] or, ragged, [nnz_kv, num_kv_heads].
-    "group": as "token" with one more dimension, the groups of equal size that head_dim is cut into, contiguous. Any other
-    strides; those of 0 broadcast.
+    "group": as "token" with one more dimension, the groups of equal size that head_dim is cut into, contiguous. Any
+    other strides; those of 0 broadcast.
     """
 
     form: str

@@ -39,7 +39,8 @@ class Tiling:
     num_head_groups: num_qo_heads / pack; heads_per_item: how many of them one list entry covers.
     capacity: CTAs that run at once. item_cost, split_cost: fixed cost of an item, and of a partial state, in steps.
     kv_chunk: a fixed chunk length in tokens (0: chosen for the batch). max_chunks_per_cta bounds the workspace.
-    section_tiles: the list is made of sections of about so many tiles, of whole requests, each longest first (0: one section).
+    section_tiles: the list is made of sections of about so many tiles, of whole requests, each longest first (0: one
+        section).
     """
 
     block_m: int
@@ -57,7 +58,8 @@ class Tiling:
 
 @dataclass(frozen=True)
 class WorkList:
-    """items [num_items, ITEM_STRIDE] and merges [num_merges, MERGE_STRIDE], int32; partial states fill num_slots slots."""
+    """items [num_items, ITEM_STRIDE] and merges [num_merges, MERGE_STRIDE], int32; partial states fill num_slots
+    slots."""
 
     items: NDArray[np.int32]
     merges: NDArray[np.int32]
@@ -169,8 +171,8 @@ def _spread_heads(items: Ints, tiling: Tiling) -> Ints:
 
 
 def _order_by_section(items: Ints, tiling: Tiling) -> Ints:
-    """Entries in sections of about section_tiles tiles, each longest first. All tiles of a request's heads_per_item heads are
-    in one section, so that they find their K and V in L2; requests with long tiles come first."""
+    """Entries in sections of about section_tiles tiles, each longest first. All tiles of a request's heads_per_item
+    heads are in one section, so that they find their K and V in L2; requests with long tiles come first."""
     request, head = items[:, ITEM_FIELDS.index("request")], items[:, ITEM_FIELDS.index("head_begin")]
     length = items[:, ITEM_FIELDS.index("kv_end")] - items[:, ITEM_FIELDS.index("kv_begin")]
     longest = np.zeros(int(request.max()) + 1, dtype=np.int64)
@@ -179,4 +181,5 @@ def _order_by_section(items: Ints, tiling: Tiling) -> Ints:
     first = np.append(True, np.diff(request[order]) | np.diff(head[order]) != 0)  # of its request and heads
     starts = np.flatnonzero(first)
     section = (starts * tiling.heads_per_item // tiling.section_tiles)[np.cumsum(first) - 1]
-    return items[order[np.lexsort((-length[order], section))]]
+    ordered: Ints = items[order[np.lexsort((-length[order], section))]]
+    return ordered

@@ -33,7 +33,8 @@ def unpack_int4(x: Tensor) -> Tensor:
 
 
 def dequantise_kv(x: Tensor, scale: Tensor | float = 1.0, zero: Tensor | float | None = None) -> Tensor:
-    """Rows of a cache [..., num_kv_heads, head_dim] (of bytes with two int4 each: half as many) as fp64: (number - zero) * scale.
+    """Rows of a cache [..., num_kv_heads, head_dim] (of bytes with two int4 each: half as many) as fp64: (number -
+    zero) * scale.
 
     scale, zero: one value; [num_kv_heads]; [..., num_kv_heads]; or [..., num_kv_heads, groups], groups of head_dim.
     Without zero: 8 for int4, else 0.

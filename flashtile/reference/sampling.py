@@ -24,7 +24,7 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def uniform(seed: int, offset: int, stream: int, draw: int = 0) -> float:
-    """The number in [0, 1), a multiple of 2**-53, of a seed and an offset (64 bits each), a stream and a draw (32 bits).
+    """The number in [0, 1), a multiple of 2**-53, of a seed and offset (64 bits), a stream and a draw (32 bits).
 
     The stream is the output row under a seed shared by the batch, and 0 under a seed of the row's own. The draw counts
     the numbers that one row needs: always 0, but for speculative sampling.
@@ -106,7 +106,7 @@ def pick(probs: Tensor, u: float) -> int:
 
 
 def top_k(x: Tensor, k: int, prefer_large_ids: bool = False) -> list[int]:
-    """Ids of the k largest entries of the row x, largest first; of equal entries the smaller id (or larger) comes first."""
+    """Ids of the k largest entries of the row x, largest first; of equal ones the smaller (or larger) id is first."""
     sign = -1 if prefer_large_ids else 1
     return sorted(range(len(x)), key=lambda i: (-float(x[i]), sign * i))[:k]
 

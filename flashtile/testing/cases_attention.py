@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtile.attention import PlannedOp
 from flashtile.config import Config
 from flashtile.decode import BatchDecodeWithPagedKVCacheWrapper
 from flashtile.plan.problem import Problem
@@ -122,12 +121,22 @@ def _stored(base: AttentionCase, cache: str, scale: str, zero: bool = False, **c
     k_cache, _, v_cache = cache.partition("/")
     words = [base.name, cache, scale, *(["zero"] if zero else []), *(f"{k}={v}" for k, v in changes.items())]
     return replace(
-        base, name=".".join(words), k_cache=k_cache, v_cache=v_cache or k_cache, scale=scale, zero=zero, **changes  # type: ignore[arg-type]
+        base,
+        name=".".join(words),
+        k_cache=k_cache,
+        v_cache=v_cache or k_cache,
+        scale=scale,
+        zero=zero,
+        **changes,  # type: ignore[arg-type]
     )
 
 
 QUANTISED_CASES: list[AttentionCase] = [
-    *[_stored(_DECODE, cache, scale) for cache in ("e4m3", "e5m2", "int8") for scale in ("float", "0d", "head", "token")],
+    *[
+        _stored(_DECODE, cache, scale)
+        for cache in ("e4m3", "e5m2", "int8")
+        for scale in ("float", "0d", "head", "token")
+    ],
     _stored(_DECODE, "plain", "float"),
     _stored(_DECODE, "plain", "token"),
     *[_stored(_DECODE, "int8", scale, zero=True) for scale in ("float", "head", "token")],
@@ -197,7 +206,9 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu", se
     nnz_qo = sum(case.query_lens)
     q = (torch.randn(nnz_qo, hq, d, generator=gen) * case.q_gain).to(dtype)
     k = _store(case, case.k_cache, [torch.randn(n, hk, d, generator=gen).to(dtype) for n in case.kv_lens], gen)
-    v = _store(case, case.v_cache, [(torch.randn(n, hk, dv, generator=gen) * case.v_gain).to(dtype) for n in case.kv_lens], gen)
+    v = _store(
+        case, case.v_cache, [(torch.randn(n, hk, dv, generator=gen) * case.v_gain).to(dtype) for n in case.kv_lens], gen
+    )
     qo_indptr = torch.tensor([0, *case.query_lens]).cumsum(0).int()
     per_row: dict[str, list[Tensor]] = {"k": k.rows, "v": v.rows, **_per_row_factors(k, v)}
     placed: dict[str, Tensor]
@@ -224,7 +235,10 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu", se
         sinks[0] = float("-inf")
     scales = {f"{side}_{what}": x for side, stored in (("k", k), ("v", v)) for what, x in stored.factors().items()}
     scales |= {name: placed[name] for name in placed if "_" in name}
-    move = lambda x: _to(x, device) if isinstance(x, Tensor) else x  # noqa: E731
+
+    def move(x: Any) -> Any:
+        return _to(x, device) if isinstance(x, Tensor) else x
+
     return Inputs(
         case, move(q), [x.to(device) for x in k.values], [x.to(device) for x in v.values],
         move(cache) if isinstance(cache, Tensor) else (move(cache[0]), move(cache[1])),
@@ -235,7 +249,8 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, device: str = "cpu", se
 
 @dataclass
 class Stored:
-    """K or V of a case: rows as the cache holds them and values as they are meant, per request; scale and zero point."""
+    """K or V of a case: rows as the cache holds them and values as they are meant, per request; scale and zero
+    point."""
 
     rows: list[Tensor]
     values: list[Tensor]
@@ -254,7 +269,8 @@ def _per_row_factors(k: Stored, v: Stored) -> dict[str, list[Tensor]]:
 
 
 def _store(case: AttentionCase, cache: str, xs: list[Tensor], gen: torch.Generator) -> Stored:
-    """Rows [kv_len, heads, dim] of each request in a cache format. Numbers are drawn so that the values are about as large."""
+    """Rows [kv_len, heads, dim] of each request in a cache format. Numbers are drawn so that the values are about as
+    large."""
     if cache == "plain" and case.scale == "none":
         return Stored(xs, xs)
     heads, dim = xs[0].shape[1:]
@@ -267,7 +283,8 @@ def _store(case: AttentionCase, cache: str, xs: list[Tensor], gen: torch.Generat
     elif groups:
         scale = [torch.rand((*x.shape[:2], groups), generator=gen) * 2 * one + one / 50 for x in xs]
     else:
-        scale = {"float": one, "0d": torch.tensor(one), "head": by_head}[case.scale]
+        forms: dict[str, float | Tensor] = {"float": one, "0d": torch.tensor(one), "head": by_head}
+        scale = forms[case.scale]
     zero: float | Tensor | list[Tensor] | None = None
     middle, spread = (8.0, 3.0) if cache == "int4" else (0.0, 40.0)
     if case.zero and cache in ("int8", "int4"):
@@ -319,7 +336,8 @@ def _place(x: Tensor, strided: bool, heads_first: bool, seed: int) -> Tensor:
 def _paged(
     case: AttentionCase, per_row: dict[str, list[Tensor]], gen: torch.Generator
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Rows of requests, [kv_len, heads (, dim)] each, on scattered pages, in the layout asked for; and the page table."""
+    """Rows of requests, [kv_len, heads (, dim)] each, on scattered pages, in the layout asked for; and the page
+    table."""
     page = case.page_size
     counts = [-(-n // page) for n in case.kv_lens]
     total = sum(counts) + 3  # pages nobody owns; page 0 is one of them
@@ -353,33 +371,34 @@ def problem_of(case: AttentionCase, dtype: torch.dtype) -> Problem:
     )
 
 
-def make_wrapper(x: Inputs, device: str, backend: str = "auto", config: Config | None = None) -> PlannedOp:
+def make_wrapper(x: Inputs, device: str, backend: str = "auto", config: Config | None = None) -> Any:
     """A planned wrapper for a case: decode, paged prefill or ragged prefill. The workspace starts as NaN."""
     case, dtype = x.case, x.q.dtype
     workspace = torch.full((32 << 20,), 255, dtype=torch.uint8, device=device)
     hq, hk = case.heads
     variant: dict[str, Any] = {"window_left": case.window_left, "logits_soft_cap": case.logits_soft_cap or None}
     variant["kv_data_type"] = (CACHE_DTYPES.get(case.k_cache, dtype), CACHE_DTYPES.get(case.v_cache, dtype))
-    wrapper: PlannedOp
+    wrapper: Any
     if case.page_size and not case.qo_lens:
         wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, case.kv_layout, backend=backend)
         wrapper._config = config
-        wrapper.plan(x.kv_indptr, x.kv_indices, x.last_page_len, hq, hk, case.head_dim, case.page_size, q_data_type=dtype,
-                     sm_scale=case.sm_scale, head_dim_vo=case.dim_vo, **variant)  # fmt: skip
+        wrapper.plan(x.kv_indptr, x.kv_indices, x.last_page_len, hq, hk, case.head_dim, case.page_size,
+                     q_data_type=dtype, sm_scale=case.sm_scale, head_dim_vo=case.dim_vo, **variant)  # fmt: skip
     elif case.page_size:
         wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, case.kv_layout, backend=backend)
         wrapper._config = config
         wrapper.plan(x.qo_indptr, x.kv_indptr, x.kv_indices, x.last_page_len, hq, hk, case.head_dim, case.page_size,
-                     head_dim_vo=case.dim_vo, causal=case.causal, q_data_type=dtype, sm_scale=case.sm_scale, **variant)  # fmt: skip
+                     head_dim_vo=case.dim_vo, causal=case.causal, q_data_type=dtype, sm_scale=case.sm_scale,
+                     **variant)  # fmt: skip
     else:
         wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace, case.kv_layout, backend=backend)
         wrapper._config = config
-        wrapper.plan(x.qo_indptr, x.kv_indptr, hq, hk, case.head_dim, case.dim_vo, causal=case.causal, q_data_type=dtype,
-                     sm_scale=case.sm_scale, **variant)  # fmt: skip
+        wrapper.plan(x.qo_indptr, x.kv_indptr, hq, hk, case.head_dim, case.dim_vo, causal=case.causal,
+                     q_data_type=dtype, sm_scale=case.sm_scale, **variant)  # fmt: skip
     return wrapper
 
 
-def run_case(x: Inputs, wrapper: PlannedOp) -> tuple[Tensor, Tensor]:
+def run_case(x: Inputs, wrapper: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of a planned case; both are handed over full of NaN."""
     nnz_qo, hq = x.q.shape[:2]
     out = torch.full((nnz_qo, hq, x.case.dim_vo), float("nan"), dtype=x.q.dtype, device=x.q.device)

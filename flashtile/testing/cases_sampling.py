@@ -292,16 +292,18 @@ def check_row_alone(case: SamplingCase, device: str) -> None:
     assert torch.equal(sampler(probs[:1], seed=SEED, offset=OFFSET), first)
 
 
-def check_indices(device: str, num_outputs: int = 40) -> None:
+def check_indices(vocab_size: int, device: str, num_outputs: int = 40) -> None:
     """Output i comes from row indices[i], with the numbers of output i and its own parameters."""
-    probs = SamplingCase("steep", 700, batch_size=3).probs(device)
+    probs = SamplingCase("steep", vocab_size, batch_size=3).probs(device)
     indices = torch.arange(num_outputs, device=device) % 3
-    for filters in ({}, {"top_k": 5}, {"top_p": torch.linspace(0.1, 1, num_outputs, device=device)}):
-        case = SamplingCase("", 700, filters)
+    for filters in ({}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": torch.linspace(0.1, 1, num_outputs, device=device)}):
+        case = SamplingCase("", vocab_size, filters)
         got = case.sampler()(probs, indices=indices, seed=SEED)
         assert got.dtype == indices.dtype
         assert torch.equal(got, case.sampler()(probs[indices], seed=SEED).long())
         assert case.sampler()(probs, indices=indices.int(), seed=SEED).dtype == torch.int32
+    got = sampling.sampling_from_logits(probs.log(), indices=indices, seed=SEED)
+    assert torch.equal(got, sampling.sampling_from_logits(probs.log()[indices], seed=SEED).long())
 
 
 TOP_K_ROWS = (1, 37, 2048, 5003)
@@ -330,9 +332,9 @@ def check_top_k_windows(device: str, row_len: int = 2500) -> None:
     k, page_size = 64, 16
     table = torch.randperm(3 * 200, generator=torch.Generator().manual_seed(0)).reshape(3, 200).int()
     rows = torch.tensor([0, 1, 2, 0, 1])
-    arguments = [x.to(device) for x in (scores, table, lengths)]
     pages = topk.top_k_page_table_transform(
-        *arguments, k, row_to_batch=rows.to(device), row_starts=starts.to(device), page_size=page_size,
+        scores.to(device), table.to(device), lengths.to(device), k,
+        row_to_batch=rows.to(device), row_starts=starts.to(device), page_size=page_size,
     )  # fmt: skip
     shift = torch.tensor([0, 5, 100, 7, 9])
     ragged = topk.top_k_ragged_transform(
@@ -430,7 +432,7 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
         return 0.0
     statistic = float(((observed - expected) ** 2 / expected).sum())
     spread = 2 / (9 * freedom)
-    return ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    return float(((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread))
 
 
 def check_distribution(case: SamplingCase, num_draws: int, device: str) -> None:

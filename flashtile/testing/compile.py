@@ -12,8 +12,8 @@ from typing import Any
 class CompileCase:
     """One launch of a kernel: what Triton would specialise on.
 
-    signature: argument name -> Triton type ("*bf16", "i32", "fp32", ..., or a tuple of them); constexprs: argument name ->
-    value. Arguments in `aligned` are multiples of 16 (pointers count as aligned without being named).
+    signature: argument name -> Triton type ("*bf16", "i32", "fp32", ..., or a tuple of them); constexprs: argument
+    name -> value. Arguments in `aligned` are multiples of 16 (pointers count as aligned without being named).
     """
 
     name: str
@@ -52,7 +52,8 @@ def ptxas(capability: int) -> str:
 
 
 def compile_for(case: CompileCase, capability: int) -> Compiled:
-    """Compile for compute capability 80, 90, ...; no GPU is needed. Runs ptxas once more, verbosely, to read the spills."""
+    """Compile for compute capability 80, 90, ...; no GPU is needed. Runs ptxas once more, verbosely, to read the
+    spills."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -61,7 +62,7 @@ def compile_for(case: CompileCase, capability: int) -> Compiled:
     names = case.kernel.arg_names
     signature = {n: case.signature.get(n, "constexpr") for n in names}
     constexprs = {(names.index(n),): v for n, v in case.constexprs.items()}
-    aligned = []
+    aligned: list[tuple[int, ...]] = []
     for i, n in enumerate(names):
         if isinstance(signature[n], tuple):
             aligned += [(i, j) for j, kind in enumerate(signature[n]) if kind.startswith("*") or n in case.aligned]

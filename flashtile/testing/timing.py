@@ -138,7 +138,8 @@ def _rounds_cpu(fns: Mapping[str, Callable[[], object]], budget_ms: float) -> di
 def _rounds_cuda(fns: Mapping[str, Callable[[], object]], cold_l2: bool, budget_ms: float) -> dict[str, list[float]]:
     graphs = {name: _capture(fn) for name, fn in fns.items()}
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    # 4 x L2 and at least 256 MB: the read lasts some 0.1 ms, in which the host can queue the next replay. Writing would leave
+    # 4 x L2 and at least 256 MB: the read lasts some 0.1 ms, in which the host can queue the next replay. Writing
+    # would leave
     # L2 full of dirty lines, and the timed call would pay for their way to memory: 50 MB, some 15 us on an H100.
     flush = torch.zeros(max(l2_bytes, 2**26), dtype=torch.int32, device="cuda") if cold_l2 else None
     total = torch.empty((), dtype=torch.int64, device="cuda")

@@ -1,4 +1,5 @@
-"""The Hopper family on a GPU of compute capability 9.0: the attention cases that it serves, longer ones, and its contracts."""
+"""The Hopper family on a GPU of compute capability 9.0: the attention cases that it serves, longer ones, and its
+contracts."""
 
 from dataclasses import replace
 

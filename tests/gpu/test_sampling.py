@@ -80,8 +80,9 @@ def test_row_in_a_large_batch(filters: dict[str, Any]) -> None:
     cases.check_row_alone(SamplingCase("flat", 32000, filters, batch_size=64), "cuda")
 
 
-def test_indices() -> None:
-    cases.check_indices("cuda")
+@pytest.mark.parametrize("vocab_size", [700, 2500, 128256])
+def test_indices(vocab_size: int) -> None:
+    cases.check_indices(vocab_size, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +159,7 @@ def test_graph(vocab_size: int) -> None:
     draws = set()
     for _ in range(3):
         graph.replay()
-        draws.add(tuple(unseeded.tolist()))  # type: ignore[union-attr]
+        draws.add(tuple(unseeded.tolist()))
     assert len(draws) == 3
 
 

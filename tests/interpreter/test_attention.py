@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashtile.config import portable
+from flashtile.config import Config, portable
 from flashtile.plan.problem import Workload
 from flashtile.testing.cases_attention import (
     CASES,
@@ -21,7 +21,7 @@ from flashtile.testing.tolerance import assert_close
 DTYPES = (torch.float16, torch.float32)
 
 
-def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0):
+def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0) -> Config:
     problem = problem_of(case, dtype)
     lens = case.query_lens
     work = Workload(len(lens), sum(lens), max(lens, default=0), sum(case.kv_lens), max(case.kv_lens))

@@ -61,8 +61,9 @@ def test_row_alone_or_in_a_batch(filters: dict[str, Any]) -> None:
     cases.check_row_alone(SamplingCase("steep", 2500, filters), "cpu")
 
 
-def test_indices() -> None:
-    cases.check_indices("cpu", num_outputs=7)
+@pytest.mark.parametrize("vocab_size", [70, 2500])
+def test_indices(vocab_size: int) -> None:
+    cases.check_indices(vocab_size, "cpu", num_outputs=4)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)

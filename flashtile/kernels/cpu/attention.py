@@ -103,7 +103,11 @@ def _gather(cache: Tensor, at: tuple[Tensor, ...], scale: Factor | None, zero: F
 
 def _spread(factor: Factor, at: tuple[Tensor, ...], rows: Tensor) -> Tensor:
     values = (factor.values if factor.form == "head" else factor.values[at]).float()
-    return values.repeat_interleave(rows.shape[-1] // values.shape[-1], -1) if factor.form == "group" else values[..., None]
+    return (
+        values.repeat_interleave(rows.shape[-1] // values.shape[-1], -1)
+        if factor.form == "group"
+        else values[..., None]
+    )
 
 
 def _state(

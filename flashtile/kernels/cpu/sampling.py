@@ -54,7 +54,9 @@ def sample_from_logits(
         _pick(ids, valid, torch.softmax(logits[rows].double(), -1), outputs, u)
 
 
-def softmax(out: Tensor, logits: Tensor, temperature: Tensor | None, temperature_value: float) -> None:
+def softmax(
+    out: Tensor, logits: Tensor, temperature: Tensor | None, temperature_value: float, enable_pdl: bool | None
+) -> None:
     """out = softmax(logits / temperature) [rows, vocab], fp32; zeros for a row of -inf alone."""
     scaled = logits.float() / (temperature_value if temperature is None else temperature[:, None])
     torch.softmax(scaled, -1, out=out)
@@ -141,7 +143,7 @@ def _part(x: Tensor | None, outputs: Tensor, value: float) -> Tensor:
 def _groups(
     ids: Tensor, x: Tensor, indices: Tensor | None, per_output: bool
 ) -> Iterator[tuple[Tensor | slice, Tensor | slice]]:
-    """Rows of x to be handled together, and the outputs drawn from them: one from each row, or all from a single row."""
+    """Rows of x to be handled together, and the outputs drawn from them: one from each row, or all from one row."""
     num_outputs, step = len(ids), max(1, _BLOCK_ELEMENTS // x.shape[1])
     if indices is not None and not per_output and num_outputs > 4 * len(x):
         order = indices.argsort()
@@ -206,7 +208,7 @@ def _pick(ids: Tensor, valid: Tensor, weights: Tensor, outputs: Tensor | slice, 
 
 
 def top_k(ids: Tensor, input: Tensor, starts: Tensor | None, lengths: Tensor | None, prefer_large_ids: bool) -> None:
-    """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start, padded with -1."""
+    """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start; then -1."""
     num_rows, k = ids.shape
     position = torch.arange(input.shape[1]) - (torch.zeros(num_rows, 1) if starts is None else starts[:, None])
     end = input.shape[1] if lengths is None else lengths[:, None]

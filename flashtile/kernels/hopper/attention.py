@@ -1,9 +1,11 @@
-"""The Hopper attention family: a persistent kernel with TMA, wgmma and specialised warps, behind the portable family's launcher.
+"""The Hopper attention family: a persistent kernel with TMA, wgmma and specialised warps, behind the portable family's
+launcher.
 
-The kernel's roles are in loader.py and mainloop.py; what it is specialised on, and its barriers, in spec.py. Where the strides
-of a layer's tensors can be expressed neither by TMA nor by 16-byte copies, the portable family takes over.
+The kernel's roles are in loader.py and mainloop.py; what it is specialised on, and its barriers, in spec.py. Where the
+strides of a layer's tensors can be expressed neither by TMA nor by 16-byte copies, the portable family takes over.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, ref
 
@@ -32,8 +34,10 @@ from flashtile.kernels.hopper.spec import (
 )
 from flashtile.kernels.hopper.tiles import inverse
 from flashtile.plan.plan import Plan, make_plan
+from flashtile.testing.compile import CompileCase
 
 LOG2_E: float = softmax.LOG2_E.value
+I32, I64, F32 = gl.int32, gl.int64, gl.float32
 BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 
@@ -55,18 +59,26 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
     return bars
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "stride_on",
-        "stride_oh", "o_cols", "o_rows", "num_tiles", "num_heads", "num_groups", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed", "page_size", "boxes", "window_left", "window_reach",
-    ]
+# Arguments that vary from call to call: no variant of its own for 1 or for multiples of 16. What is only used in
+# addresses is
+# 64 bits wide: the compiler would widen it at the kernel's entry, where it has no register to keep it in.
+WIDE = ("stride_on", "stride_oh", "num_heads", "num_groups")
+RUNTIME = (
+    *WIDE, "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "o_cols",
+    "o_rows", "num_tiles", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed",
+    "page_size", "boxes", "window_left", "window_reach",
 )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=RUNTIME)
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
     items_ptr, kv_indices_ptr, counter_ptr,
-    q_token, q_cols, q_rows, k_page, k_token, k_head, v_page, v_token, v_head, stride_on, stride_oh, o_cols, o_rows,
-    num_tiles, num_heads, num_groups, heads_per_item, inverse_heads, inverse_groups, heads_packed,
-    inverse_packed, page_size, boxes, window_left, window_reach, scale, cap_scale, C: gl.constexpr,
+    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32,
+    v_token: I32, v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32, num_tiles: I32,
+    num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
+    heads_packed: I32, inverse_packed: I32, page_size: I32, boxes: I32, window_left: I32, window_reach: I32,
+    scale: F32, cap_scale: F32, C: gl.constexpr,
 ):  # fmt: skip
     """One persistent CTA; see spec.py for its roles and barriers, and loader.py for what the strides mean."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -95,8 +107,8 @@ def attention_kernel(
     k = (k_desc, k_ptr, k_page, k_token, k_head)
     v = (v_desc, v_ptr, v_page, v_token, v_head)
     outputs = (
-        o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr, num_heads,
-        num_groups, pack,
+        o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
+        num_heads, num_groups, pack,
     )  # fmt: skip
     table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
@@ -190,7 +202,8 @@ def box_rows(page_size: int, block_n: int) -> int:
 
 
 def is_aligned(plan: Plan) -> bool:
-    """Whether the diagonal of every tile starts at the first key of a KV block, and the tile's last block holds all of it."""
+    """Whether the diagonal of every tile starts at the first key of a KV block, and the tile's last block holds all of
+    it."""
     p, c, lengths = plan.problem, plan.config, plan.lengths
     if p.window_right != 0 or c.pack != 1 or c.block_m != c.block_n or plan.num_merges:
         return False
@@ -226,7 +239,8 @@ class Setup:
         return self.variants[key]
 
     def portable_plan(self) -> Plan:
-        """The same batch for the portable family, not split: its tiles are others, and the workspace was sized for ours."""
+        """The same batch for the portable family, not split: its tiles are others, and the workspace was sized for
+        ours."""
         if self.portable is None:
             p = self.plan()
             assert p is not None, "a Setup is used while its plan exists"
@@ -239,8 +253,9 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
     """The part of a kernel variant that follows from the plan alone."""
     p, c = plan.problem, plan.config
     return Spec(
-        d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages, q_slots=2,
-        packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
+        d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
+        q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0,
+        right=p.window_right >= 0, aligned=aligned,
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, dynamic=c.dynamic,
     )  # fmt: skip
 
@@ -275,7 +290,8 @@ def setup_of(plan: Plan) -> Setup:
 
 
 def tile_counter(device: torch.device) -> torch.Tensor:
-    """A zero that CTAs draw tile numbers from; every launch leaves it 0. One per stream: launches of a stream do not overlap.
+    """A zero that CTAs draw tile numbers from; every launch leaves it 0. One per stream: launches of a stream do not
+    overlap.
 
     A captured graph may be replayed on any stream: it gets a counter of its own, cleared by a node of the graph.
     """
@@ -364,5 +380,38 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
     found["o_desc"] = desc(64, spec.d_vo) if spec.o_tma else "constexpr"
     found["C"] = "constexpr"
     for name in attention_kernel.arg_names:
-        found.setdefault(name, "i32")
+        found.setdefault(name, "i64" if name in WIDE else "i32")
     return found
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every head dim; ragged, paged by TMA and gathered KV; packed rows, split tiles and the variants."""
+    causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True)
+    gathered = replace(causal, paged=True, gather=True, box=0, aligned=False)
+    specs = {
+        "causal": causal,
+        "causal.dynamic": replace(causal, dynamic=True),
+        "full": replace(causal, right=False),
+        "paged": replace(causal, paged=True, box=16, aligned=False),
+        "page1": gathered,
+        "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False),
+        "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
+        "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
+        "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
+        "dim192x128": replace(causal, d_qk=192),
+        "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
+        "dim256.page1": replace(gathered, d_qk=256, d_vo=256, block_n=64),
+    }
+    for name, spec in specs.items():
+        spec = fit(spec)
+        for dtype in ("bf16", "fp16") if name == "causal" else ("bf16",):
+            types = signature(spec, dtype)
+            constants = {n: spec if n == "C" else None for n, t in types.items() if t == "constexpr"}
+            yield CompileCase(
+                f"hopper.{name}.{dtype}",
+                attention_kernel,
+                types,
+                constants,
+                maxnreg=registers(spec)[0],
+                min_capability=90,
+            )

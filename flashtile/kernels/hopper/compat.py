@@ -18,6 +18,9 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
 cp_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 cp_async_arrive = async_copy.mbarrier_arrive
+_SharedMemory = gl.shared_memory_descriptor
+# (buffer, dtype, shape, layout)
+reinterpret = getattr(_SharedMemory, "reinterpret", None) or _SharedMemory._reinterpret
 
 __all__ = [
     "TensorDescriptor",
@@ -27,6 +30,7 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "reinterpret",
     "tma_load",
     "tma_store",
     "tma_store_wait",

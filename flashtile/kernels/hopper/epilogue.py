@@ -51,13 +51,16 @@ def store_rows(ptr, out, rows, valid):
 
 @gluon.jit
 def store_piece(ptr, out, rows, valid):
-    """One piece of the head dim."""
-    ROW: gl.constexpr = gl.SliceLayout(1, out.type.layout)
-    cols = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, out.type.layout))
-    # row pointers first: sums of rows and columns would be 64-bit numbers kept through the whole loop over tiles
-    at = (ptr + gl.convert_layout(rows, ROW, assert_trivial=True))[:, None] + cols[None, :]
-    keep = gl.convert_layout(valid, ROW, assert_trivial=True)[:, None]
-    gl.store(at, out.to(ptr.dtype.element_ty), mask=keep)
+    """One piece of the head dim, seen as [64, groups, 8]: a thread holds two neighbours of each group, so that all its
+    addresses are one per row plus constants."""
+    out = gl.reshape(out.to(ptr.dtype.element_ty), [ROWS, out.shape[1] // 8, 8])
+    L: gl.constexpr = out.type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    groups = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    inner = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    at = (ptr + gl.convert_layout(rows, ROW, assert_trivial=True))[:, None, None] + inner[None, None, :]
+    keep = gl.convert_layout(valid, ROW, assert_trivial=True)[:, None, None]
+    gl.store(at + 8 * groups[None, :, None], out, mask=keep)
 
 
 @gluon.jit
@@ -78,8 +81,8 @@ def copy_rows(desc, out, row, col, bufs, W: gl.constexpr):
 def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C: gl.constexpr):
     """Write the rows of consumer W of tile number `count`.
 
-    acc: O, not normalised; m: row maxima in log2 units [64]; l: row sums, still spread over four threads each; head: the
-    tile's head group.
+    acc: O, not normalised; m: row maxima in log2 units [64]; l: row sums, still spread over four threads each; head:
+    the tile's head group.
     """
     (desc, out_ptr, stride_on, stride_oh, head_cols, head_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
      num_heads, num_groups, pack) = outputs  # fmt: skip

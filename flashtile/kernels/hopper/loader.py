@@ -2,8 +2,9 @@
 
 K runs one block ahead of V, across tiles too: that is the order in which the consumers free the stages.
 
-Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as matrices
-[rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a head. The
+Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as
+matrices [rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a
+head. The
 gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes).
 """
 
@@ -16,6 +17,7 @@ from flashtile.kernels.hopper.compat import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_load,
 )
 from flashtile.kernels.hopper.spec import K_EMPTY, ROWS, V_EMPTY, WARP, loader_warps, threads
@@ -47,13 +49,14 @@ def stage(bufs, i):
 
 @gluon.jit
 def strips(buf, ROWS_EACH: gl.constexpr):
-    """Buffers [slots, rows, dim] as strips of ROWS_EACH rows of one panel, [.., ROWS_EACH, panel], in the order of memory.
+    """Buffers [slots, rows, dim] as strips of ROWS_EACH rows of one panel, [.., ROWS_EACH, panel], in the order of
+    memory.
 
     Strip (slot, panel, i) is number (slot * panels + panel) * (rows / ROWS_EACH) + i.
     """
     WIDTH: gl.constexpr = buf.layout.swizzle_byte_width // 2
     COUNT: gl.constexpr = buf.shape[0] * buf.shape[1] * buf.shape[2] // (ROWS_EACH * WIDTH)
-    return buf._reinterpret(buf.dtype, [COUNT, ROWS_EACH, WIDTH], buf.layout)
+    return reinterpret(buf, buf.dtype, [COUNT, ROWS_EACH, WIDTH], buf.layout)
 
 
 @gluon.jit
@@ -93,7 +96,8 @@ def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.const
 
 @gluon.jit
 def gather_block(source, bufs, scratch, bar, base, head, n, kv_len, pages, table, C: gl.constexpr):
-    """16-byte copies of the rows of KV block n; rows past kv_len become 0. The threads' copies arrive at bar by themselves."""
+    """16-byte copies of the rows of KV block n; rows past kv_len become 0. The threads' copies arrive at bar by
+    themselves."""
     desc, ptr, page_step, token_step, head_step = source
     kv_indices_ptr, page_size, boxes = table
     tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
@@ -123,7 +127,8 @@ def gather_rows(ptr, offsets, out, valid, C: gl.constexpr):
 
 @gluon.jit
 def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
-    """Start to read the page ids of KV block n, where there are any. Past the request's pages they are -1 (TMA), 0 (gather)."""
+    """Start to read the page ids of KV block n, where there are any. Past the request's pages they are -1 (TMA), 0
+    (gather)."""
     kv_indices_ptr, page_size, boxes = table
     if C.paged and C.gather:  # the page of each token
         tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))

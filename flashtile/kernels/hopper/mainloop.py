@@ -1,11 +1,13 @@
 """The consumers' loop: S = Q K^T, online softmax and O += P V over the KV blocks of a tile, last block first.
 
-FlashAttention-3's schedule (arXiv:2407.08608), in Gluon. In each step a consumer issues S of block j + 1 and P V of block j
-together, and works on the softmax of S while P V runs. The row maximum is kept in raw q.k (or capped) units and the scale is
-folded into the exponent: p = exp2(s c - m c).
+FlashAttention-3's schedule (arXiv:2407.08608), in Gluon. In each step a consumer issues S of block j + 1 and P V of
+block j together, and works on the softmax of S while P V runs. The row maximum is kept in raw q.k (or capped) units
+and the
+scale is folded into the exponent: p = exp2(s c - m c).
 
-PIN. The exps of the left half of S come before the wait for P V, those of the right half after it, where the rescaling of O
-and the packing of P fill the gaps of the exp unit. A second wait on a barrier that is already complete (q_full) stands
+PIN. The exps of the left half of S come before the wait for P V, those of the right half after it, where the rescaling
+of O and the packing of P fill the gaps of the exp unit. A second wait on a barrier that is already complete (q_full)
+stands
 between them: it costs nothing but ends the basic block, without which ptxas hoists the wait for P V above all exps
 (4..5 % at 4k tokens and more, not causal, H100).
 """
@@ -122,8 +124,8 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
     """What consumer W's rows of tile number `count` may see.
 
     Returns:
-        last: the tile's last KV block; blocks: how many it has; full, left: blocks from `full` on, or before `left`, hold
-        keys that some row must not see; high, low: each row sees keys low <= key < high, [64].
+        last: the tile's last KV block; blocks: how many it has; full, left: blocks from `full` on, or before `left`,
+        hold keys that some row must not see; high, low: each row sees keys low <= key < high, [64].
     """
     window_left, window_reach, pack = window
     kv_end = tiles.read(ring, count, tiles.KV_END)
@@ -192,7 +194,8 @@ def step(
     it, n, q, p_left, p_right, acc, m, l, tile, smem, bars, count, scales,
     HALF: gl.constexpr, W: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """One block: P of block number `it` and its successor's position n in; the successor's P out, and O with block `it`.
+    """One block: P of block number `it` and its successor's position n in; the successor's P out, and O with block
+    `it`.
 
     HALF: P's right half is empty.
     """
@@ -210,7 +213,7 @@ def step(
     if not release_late(C):
         named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
     s = to_logits(s, cap_scale, C)
-    if masked_loop(C):
+    if masked_loop(C):  # noqa: SIM102 (the outer condition is known to the compiler, the inner one is not)
         if (n >= full) | (n < left):
             s = mask(s, n, high, low, C)
     sa, sb = halves(s, C)
@@ -234,7 +237,8 @@ def step(
 def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constexpr):
     """The role of consumer W: all tiles of the CTA, one after the other.
 
-    Between two tiles, the last P V of one and the first S of the next are issued together, and the epilogue runs under them.
+    Between two tiles, the last P V of one and the first S of the next are issued together, and the epilogue runs under
+    them.
     """
     q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch = smem
     q_full, q_empty, k_full, v_full, tile_full, tail_full = bars

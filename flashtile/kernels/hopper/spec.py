@@ -1,4 +1,5 @@
-"""What a Hopper kernel is specialised on, and everything that follows from it at compile time: tiles, layouts, barriers.
+"""What a Hopper kernel is specialised on, and everything that follows from it at compile time: tiles, layouts,
+barriers.
 
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
@@ -13,8 +14,8 @@ Barriers (mbarriers unless said otherwise):
   tile_full[4]             loader published the next tile     -> consumers
   K_EMPTY, V_EMPTY + stage named barriers: all consumer threads arrive, the loader's threads wait
   TURN + w                 named barriers (ping-pong): consumer w waits before it issues its products, consumer w - 1
-                           arrives after issuing its own. So the tensor cores see S0 PV0 S1 PV1 ..., and the softmax of one
-                           consumer runs under the products of the other.
+                           arrives after issuing its own. So the tensor cores see S0 PV0 S1 PV1 ..., and the softmax of
+                           one consumer runs under the products of the other.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Spec:
     packed: a tile's rows are (token, head of a group), not tokens of one head. paged: KV rows are found by page ids.
     gather: rows of K and V are copied one by one; else by TMA, in boxes of `box` rows.
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
-    left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's position.
+    left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
+        position.
     """
 
     d_qk: int
@@ -99,7 +101,9 @@ def registers(spec):
         return 168, 232, 104
     if spec.consumers == 3:
         return 128, 160, 32
-    return (168, 224, 56) if spec.gather else (168, 232, 40)  # 240 and 24 spill in the loader of unaligned causal tiles
+    if spec.gather or spec.packed:  # the loader's copies of single rows need registers
+        return 168, 224, 56
+    return 168, 232, 40  # 240 and 24 spill in the loader of causal tiles that are not aligned
 
 
 @gluon.constexpr_function

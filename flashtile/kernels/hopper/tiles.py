@@ -1,8 +1,9 @@
 """The list of work tiles: which tile a CTA takes next, and how the loader tells the consumers.
 
-`work` is (items_ptr, counter_ptr, num_tiles, heads_per_item, its inverse, inverse of groups_per_kv_head). Tile t is head
-group t % heads_per_item of entry t // heads_per_item. The loader reads the entry, one field per lane, a tile ahead, and hands it over
-through a ring in shared memory; HEAD then holds the tile's own head group, or -1 after the last tile.
+`work` is (items_ptr, counter_ptr, num_tiles, heads_per_item, its inverse, inverse of groups_per_kv_head). Tile t is
+head group t % heads_per_item of entry t // heads_per_item. The loader reads the entry, one field per lane, a tile
+ahead,
+and hands it over through a ring in shared memory; HEAD then holds the tile's own head group, or -1 after the last tile.
 """
 
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
@@ -27,8 +28,8 @@ INVERSE_BITS = gl.constexpr(30)
 def inverse(n: int) -> int:
     """m with x * m >> 30 == x // n for 0 <= x < 2**30 / n.
 
-    Kernels divide by such arguments this way. The first part of an ordinary division depends on the divisor alone: of an
-    argument, the compiler moves it to the kernel's entry, and has no registers there to keep its result in.
+    Kernels divide by such arguments this way. The first part of an ordinary division depends on the divisor alone: of
+    an argument, the compiler moves it to the kernel's entry, and has no registers there to keep its result in.
     """
     return -(-(2**30) // n)
 

@@ -44,6 +44,8 @@ def sample_from_probs(
     pdl: bool | None = None,
 ) -> None:
     """ids[i] from row indices[i] of probs [rows, vocab] under its filters; valid[i]: that row is a distribution."""
+    if not len(ids):
+        return
     random = Random(seed, seed_value, offset, offset_value)
     filters = Filters(top_k, top_k_value, top_p, top_p_value, joint)
     on = filters.keywords(probs.shape[1])

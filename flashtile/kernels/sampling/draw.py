@@ -1,10 +1,11 @@
 """Draws without a search: from the probabilities, or from those above a share of the largest.
 
-Two steps: every chunk adds up its weights; then one program for each output finds the chunk in which its token lies, and
-reads that chunk again. min-p needs the largest entry first, so there the row is read twice."""
+Two steps: every chunk adds up its weights; then one program for each output finds the chunk in which its token lies,
+and reads that chunk again. min-p needs the largest entry first, so there the row is read twice."""
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from flashtile.kernels.sampling.rows import (
     row_of_output,
     row_value,
     rows_of,
+    share_rows,
     slices,
     uniform,
 )
@@ -52,8 +54,9 @@ def mass_kernel(
     INDIRECT: tl.constexpr, USE_MIN_P: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """masses [outputs, NUM_CHUNKS], fp32: of the entries of each chunk; with USE_MIN_P (1: one value, 2: one per output) of
-    those that are at least min_p times the largest of maxima [outputs, NUM_CHUNKS]: the threshold, which is stored too."""
+    """masses [outputs, NUM_CHUNKS], fp32: of the entries of each chunk; with USE_MIN_P (1: one value, 2: one per
+    output) of those that are at least min_p times the largest of maxima [outputs, NUM_CHUNKS]: the threshold, which
+    is stored too."""
     output = tl.program_id(0) // num_chunks
     chunk = tl.program_id(0) % num_chunks
     row = row_of_output(indices_ptr, output, INDIRECT)
@@ -76,18 +79,20 @@ def mass_kernel(
 def draw_kernel(
     ids_ptr, valid_ptr, masses_ptr, thresholds_ptr, x_ptr, stride_x, indices_ptr, length, num_chunks,
     seed_ptr, seed, offset_ptr, offset, first_output,
-    INDIRECT: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr, USE_THRESHOLD: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ENABLE_PDL: tl.constexpr,
+    INDIRECT: tl.constexpr, SHARED: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr,
+    USE_THRESHOLD: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """A token for each output, from the masses of its chunks."""
+    """A token for each output, from the masses of its chunks; these and thresholds are the output's, or (SHARED) its
+    row's."""
     output = tl.program_id(0)
     u = uniform(seed_ptr, seed, offset_ptr, offset, output, first_output, 0, SEEDS, OFFSETS)
     row = row_of_output(indices_ptr, output, INDIRECT)
     chunks = tl.arange(0, NUM_CHUNKS)
     if ENABLE_PDL:
         tl.extra.cuda.gdc_wait()
-    masses = tl.load(masses_ptr + output.to(tl.int64) * NUM_CHUNKS + chunks, mask=chunks < num_chunks, other=0.0)
-    keep_from = tl.load(thresholds_ptr + output) if USE_THRESHOLD else 0.0
+    place = row if SHARED else output.to(tl.int64)
+    masses = tl.load(masses_ptr + place * NUM_CHUNKS + chunks, mask=chunks < num_chunks, other=0.0)
+    keep_from = tl.load(thresholds_ptr + place) if USE_THRESHOLD else 0.0
     token, good = draw_token(x_ptr + row * stride_x, length, masses, keep_from, u, NUM_CHUNKS, CHUNK)
     tl.store(ids_ptr + output, token)
     tl.store(valid_ptr + output, good)
@@ -98,24 +103,53 @@ def draw(
     random: Random, pdl: bool | None,
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs; min_p (0: off) for each output, or one for all."""
-    chunks, overlap = chunks_of(probs.shape[1]), overlaps(probs, pdl)
+    if share_rows(probs, indices, min_p):
+        sums = [_masses(probs[part], None, None, min_p_value, pdl) for part in mass_slices(probs)]
+        masses, thresholds = (torch.cat(x) for x in zip(*sums, strict=True))
+        draw_from_masses(ids, valid, probs, indices, masses, thresholds if min_p_value > 0 else None, random, True, pdl)
+        return
+    for part in mass_slices(probs, len(ids)):
+        x, rows = rows_of(probs, indices, part)
+        masses, thresholds = _masses(x, rows, entries(min_p, part), min_p_value, pdl)
+        use = thresholds if min_p is not None or min_p_value > 0 else None
+        draw_from_masses(ids[part], valid[part], x, rows, masses, use, random.part(part), False, pdl)
+
+
+def mass_slices(probs: Tensor, num_outputs: int | None = None) -> Iterator[slice]:
+    """Runs of outputs, or rows, whose chunks' masses fit in the workspace."""
+    return slices(len(probs) if num_outputs is None else num_outputs, chunks_of(probs.shape[1]).padded * 8)
+
+
+def _masses(
+    x: Tensor, rows: Tensor | None, min_p: Tensor | None, min_p_value: float, pdl: bool | None
+) -> tuple[Tensor, Tensor]:
+    """masses [outputs, NUM_CHUNKS] and thresholds [outputs] (of min_p)."""
+    chunks, overlap, count = chunks_of(x.shape[1]), overlaps(x, pdl), len(x) if rows is None else len(rows)
     use_min_p = 2 if min_p is not None else int(min_p_value > 0)
-    for part in slices(len(ids), chunks.padded * 8):
-        (x, rows), state, count = rows_of(probs, indices, part), random.part(part), part.stop - part.start
-        masses, maxima = probs.new_empty((2, count, chunks.padded), dtype=torch.float32)
-        thresholds = probs.new_empty(count, dtype=torch.float32)
-        source = x, x.stride(0), rows, chunks.length, chunks.count
-        where = {"INDIRECT": rows is not None, **chunks.keywords}
-        if use_min_p:
-            max_kernel[(count * chunks.count,)](maxima, *source, ENABLE_PDL=overlap, **where, num_warps=CHUNK_WARPS)
-        mass_kernel[(count * chunks.count,)](
-            masses, thresholds, maxima, *source, entries(min_p, part), min_p_value,
-            USE_MIN_P=use_min_p, **where, **after(overlap, bool(use_min_p)), num_warps=CHUNK_WARPS,
-        )  # fmt: skip
-        draw_kernel[(count,)](
-            ids[part], valid[part], masses, thresholds, *source, *state.arguments,
-            USE_THRESHOLD=bool(use_min_p), **where, **state.keywords, **after(overlap), num_warps=ROW_WARPS,
-        )  # fmt: skip
+    masses, maxima = x.new_empty((2, count, chunks.padded), dtype=torch.float32)
+    thresholds = x.new_empty(count, dtype=torch.float32)
+    source = x, x.stride(0), rows, chunks.length, chunks.count
+    grid, where = (count * chunks.count,), {"INDIRECT": rows is not None, **chunks.keywords}
+    if use_min_p:
+        max_kernel[grid](maxima, *source, ENABLE_PDL=overlap, **where, num_warps=CHUNK_WARPS)
+    mass_kernel[grid](
+        masses, thresholds, maxima, *source, min_p, min_p_value,
+        USE_MIN_P=use_min_p, **where, **after(overlap, bool(use_min_p)), num_warps=CHUNK_WARPS,
+    )  # fmt: skip
+    return masses, thresholds
+
+
+def draw_from_masses(
+    ids: Tensor, valid: Tensor, x: Tensor, rows: Tensor | None, masses: Tensor, thresholds: Tensor | None,
+    random: Random, shared: bool, pdl: bool | None,
+) -> None:  # fmt: skip
+    """Step 2; masses [outputs, NUM_CHUNKS] and thresholds [outputs], or of the rows of x, if these are shared."""
+    chunks = chunks_of(x.shape[1])
+    draw_kernel[(len(ids),)](
+        ids, valid, masses, thresholds, x, x.stride(0), rows, chunks.length, chunks.count, *random.arguments,
+        INDIRECT=rows is not None, SHARED=shared, USE_THRESHOLD=thresholds is not None,
+        **random.keywords, **chunks.keywords, **after(overlaps(x, pdl)), num_warps=ROW_WARPS,
+    )  # fmt: skip
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -127,9 +161,12 @@ def compile_cases() -> Iterator[CompileCase]:
         yield from _recordings(f"vocab={length}", (mass_kernel, draw_kernel), launch, pdl)
         launch = partial(draw, ids, ids.bool(), probs.bfloat16(), ids, ids.float(), 0.0, state, pdl)
         yield from _recordings(f"min_p vocab={length} bf16", (max_kernel, mass_kernel, draw_kernel), launch, pdl)
+    many = torch.empty(1000, dtype=torch.int32, device="meta")
+    launch = partial(draw, many, many.bool(), probs, many, None, 0.5, state, False)
+    yield from _recordings("min_p shared", (max_kernel, mass_kernel, draw_kernel), launch, False)
 
 
-def _recordings(name: str, kernels: tuple, launch: partial, pdl: bool) -> list[CompileCase]:
+def _recordings(name: str, kernels: tuple[Any, ...], launch: Any, pdl: bool) -> list[CompileCase]:
     overlap = " overlapping" if pdl else ""
     return recordings(
         lambda kernel: f"{kernel.__name__} {name}{overlap}", kernels, launch, min_capability=90 if pdl else 80

@@ -9,31 +9,26 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.kernels.sampling.rows import CHUNK_WARPS, chunks_of, load_chunk
-from flashtile.kernels.sampling.threshold import (
-    Filters,
-    guess_kernel,
-    search_slices,
-    select_kernel,
-    sweep_kernel,
-    thresholds,
-)
+from flashtile.kernels.sampling.threshold import KERNELS, Filters, thresholds
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
 
 
 @triton.jit
 def renorm_kernel(
-    out_ptr, x_ptr, stride_x, thresholds_ptr, kept_ptr, length, num_chunks, CHUNK: tl.constexpr
+    out_ptr, x_ptr, stride_x, thresholds_ptr, kept_ptr, length, num_chunks,
+    NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """out = the entries not below the threshold, divided by their sum; NaN in a row without mass."""
     row = (tl.program_id(0) // num_chunks).to(tl.int64)
     chunk = tl.program_id(0) % num_chunks
     x = tl.maximum(load_chunk(x_ptr + row * stride_x, chunk, length, CHUNK), 0.0)
-    kept = tl.load(kept_ptr + row)
-    kept = tl.where((kept > 0) & (kept < float("inf")), kept, float("nan"))
+    kept = tl.load(kept_ptr + row * NUM_CHUNKS + tl.arange(0, NUM_CHUNKS))
+    total = tl.sum(kept.to(tl.float64), 0).to(tl.float32)
+    total = tl.where((total > 0) & (total < float("inf")), total, float("nan"))
     x = tl.where(x < tl.load(thresholds_ptr + row), 0.0, x)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
-    tl.store(out_ptr + row * length + offs, x / kept, mask=offs < length)
+    tl.store(out_ptr + row * length + offs, x / total, mask=offs < length)
 
 
 @triton.jit
@@ -57,30 +52,31 @@ def renorm_probs(
     pdl: bool | None = None,
 ) -> None:
     """out = the probabilities that are kept, relative to their sum [rows, vocab], fp32; NaN in a row that has none."""
-    filters, chunks = Filters(top_k, top_k_value, top_p, top_p_value), chunks_of(probs.shape[1])
-    for part in search_slices(len(probs), chunks.length):
-        x = probs[part]
-        from_value, kept = thresholds(x, filters.part(part), signed=False, mass=True, pdl=pdl)
-        renorm_kernel[(len(x) * chunks.count,)](
-            out[part], x, x.stride(0), from_value, kept, chunks.length, chunks.count,
-            CHUNK=chunks.size, num_warps=CHUNK_WARPS,
-        )  # fmt: skip
+    if not len(probs):
+        return
+    chunks = chunks_of(probs.shape[1])
+    filters = Filters(top_k, top_k_value, top_p, top_p_value)
+    from_value, kept = thresholds(probs, filters, signed=False, mass=True, pdl=pdl)
+    renorm_kernel[(len(probs) * chunks.count,)](
+        out, probs, probs.stride(0), from_value, kept, chunks.length, chunks.count,
+        **chunks.keywords, num_warps=CHUNK_WARPS,
+    )  # fmt: skip
 
 
 def mask_logits(out: Tensor, logits: Tensor, top_k: Tensor | None, top_k_value: int, pdl: bool | None = None) -> None:
     """out = logits [rows, vocab], fp32, with -inf below the k-th largest of the row."""
-    filters, chunks = Filters(top_k, top_k_value), chunks_of(logits.shape[1])
-    for part in search_slices(len(logits), chunks.length):
-        x = logits[part]
-        from_value, _ = thresholds(x, filters.part(part), signed=True, mass=False, pdl=pdl)
-        mask_kernel[(len(x) * chunks.count,)](
-            out[part], x, x.stride(0), from_value, chunks.length, chunks.count, CHUNK=chunks.size, num_warps=CHUNK_WARPS
-        )
+    if not len(logits):
+        return
+    chunks = chunks_of(logits.shape[1])
+    from_value, _ = thresholds(logits, Filters(top_k, top_k_value), signed=True, mass=False, pdl=pdl)
+    mask_kernel[(len(logits) * chunks.count,)](
+        out, logits, logits.stride(0), from_value, chunks.length, chunks.count, CHUNK=chunks.size, num_warps=CHUNK_WARPS
+    )
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Rows of fp32 and bf16; the search has cases of its own."""
-    kernels = (renorm_kernel, mask_kernel, guess_kernel, sweep_kernel, select_kernel)
+    kernels = (renorm_kernel, mask_kernel, *KERNELS)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.empty((8, 128256), dtype=dtype, device="meta")
         out = x.float()

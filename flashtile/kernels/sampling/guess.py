@@ -70,8 +70,8 @@ def coarse_value(key):
 
 @triton.jit
 def first_key(x, out_key, in_key, fewer, mass, COUNT: tl.constexpr, MASS: tl.constexpr):
-    """The smallest coarse key above out_key and up to in_key, at whose value v fewer than `fewer` entries of the sample x
-    are greater than v (COUNT), or those up to v have at least `mass` (MASS)."""
+    """The smallest coarse key above out_key and up to in_key, at whose value v fewer than `fewer` entries of the
+    sample x are greater than v (COUNT), or those up to v have at least `mass` (MASS)."""
     out_key = tl.cast(out_key, tl.int32)
     in_key = tl.cast(in_key, tl.int32)
     while in_key - out_key > 1:
@@ -105,7 +105,8 @@ def guess_top_k(x, wanted, low_key):
 
 @triton.jit
 def guess_top_p(x, tail, floor):
-    """Coarse keys (lo, hi) around the value up to which the entries of the sample have the mass `tail`; it is above floor.
+    """Coarse keys (lo, hi) around the value up to which the entries of the sample have the mass `tail`; it is above
+    floor.
 
     lo stays below the eighth largest entry of the sample, which knows nothing of greater ones.
     """
@@ -139,14 +140,14 @@ def guess_bracket(
     hi = tl.cast(low_key, tl.int32)
     has_k = k < _NO_LIMIT
     has_p = top_p < 1.0
-    if USE_K:
+    if USE_K:  # noqa: SIM102 (one is known to the compiler, the other to the GPU)
         if has_k:
             lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key)
             if K_FIRST:
                 hi = tl.cast(
                     _HIGHEST, tl.int32
                 )  # top-p is of the top-k's mass, which needs all entries from the k-th on
-    if USE_P:
+    if USE_P:  # noqa: SIM102
         if has_p & ~(has_k & K_FIRST):
             tail = 1.0 - top_p
             lo_p, hi_p = guess_top_p(x, tail * share, tail / length.to(tl.float32) * 0.5)

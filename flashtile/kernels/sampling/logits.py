@@ -1,7 +1,8 @@
 """Softmax, and draws from logits without one.
 
-Every chunk finds its largest entry and adds up exp(entry - largest); then the chunks' sums are brought to one maximum, and
-either all entries are divided by their sum, or one program for each output finds its token's chunk and reads it again."""
+Every chunk finds its largest entry and adds up exp(entry - largest); then the chunks' sums are brought to one
+maximum, and either all entries are divided by their sum, or one program for each output finds its token's chunk and
+reads it again."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from flashtile.kernels.sampling.rows import (
     row_of_output,
     row_value,
     rows_of,
+    share_rows,
     slices,
     uniform,
 )
@@ -37,8 +39,8 @@ def exp_sums_kernel(
     INDIRECT: tl.constexpr, TEMPERATURES: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """sums [outputs, 2, NUM_CHUNKS], fp32: of each chunk of logits / temperature, the largest, and the sum of exp(entry -
-    largest). A chunk of -inf alone: -inf and 0."""
+    """sums [outputs, 2, NUM_CHUNKS], fp32: of each chunk of logits / temperature, the largest, and the sum of
+    exp(entry - largest). A chunk of -inf alone: -inf and 0."""
     output = tl.program_id(0) // num_chunks
     chunk = tl.program_id(0) % num_chunks
     if ENABLE_PDL:
@@ -75,16 +77,16 @@ def exp_sums_of_row(sums_ptr, output, num_chunks, NUM_CHUNKS: tl.constexpr):
 def draw_from_logits_kernel(
     ids_ptr, valid_ptr, sums_ptr, x_ptr, stride_x, indices_ptr, length, num_chunks,
     seed_ptr, seed, offset_ptr, offset, first_output,
-    INDIRECT: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    ENABLE_PDL: tl.constexpr,
+    INDIRECT: tl.constexpr, SHARED: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """A token for each output, from the sums of exp of its chunks."""
+    """A token for each output, from the sums of exp of its chunks, which are the output's, or (SHARED) its row's."""
     output = tl.program_id(0)
     u = uniform(seed_ptr, seed, offset_ptr, offset, output, first_output, 0, SEEDS, OFFSETS)
     row = row_of_output(indices_ptr, output, INDIRECT)
     if ENABLE_PDL:
         tl.extra.cuda.gdc_wait()
-    largest, sums = exp_sums_of_row(sums_ptr, output, num_chunks, NUM_CHUNKS)
+    largest, sums = exp_sums_of_row(sums_ptr, row if SHARED else output, num_chunks, NUM_CHUNKS)
     chunk, rest, good = find_chunk(sums, u, NUM_CHUNKS)
     weights = tl.exp(load_chunk(x_ptr + row * stride_x, chunk, length, CHUNK) - largest)
     token = chunk * CHUNK + first_above(weights, rest, CHUNK)
@@ -127,23 +129,43 @@ def sample_from_logits(
     pdl: bool | None = None,
 ) -> None:
     """ids[i] from the softmax of row indices[i] of logits [rows, vocab]; valid[i]: some logit of it is above -inf."""
-    random, chunks, overlap = (
-        Random(seed, seed_value, offset, offset_value),
-        chunks_of(logits.shape[1]),
-        overlaps(logits, pdl),
-    )
-    for part in slices(len(ids), chunks.padded * 8):
-        (x, rows), state, count = rows_of(logits, indices, part), random.part(part), part.stop - part.start
-        sums = logits.new_empty((count, 2, chunks.padded), dtype=torch.float32)
-        source = x, x.stride(0), rows, chunks.length, chunks.count
-        where = {"INDIRECT": rows is not None, **chunks.keywords}
-        exp_sums_kernel[(count * chunks.count,)](
-            sums, *source, None, 1.0, TEMPERATURES=False, ENABLE_PDL=overlap, **where, num_warps=CHUNK_WARPS
-        )
-        draw_from_logits_kernel[(count,)](
-            ids[part], valid[part], sums, *source, *state.arguments,
-            **where, **state.keywords, **after(overlap), num_warps=ROW_WARPS,
-        )  # fmt: skip
+    if not len(ids):
+        return
+    random, overlap = Random(seed, seed_value, offset, offset_value), overlaps(logits, pdl)
+    if share_rows(logits, indices):
+        sums = torch.cat([_exp_sums(logits[part], None, overlap) for part in _sum_slices(logits, len(logits))])
+        _draw(ids, valid, logits, indices, sums, random, True, overlap)
+        return
+    for part in _sum_slices(logits, len(ids)):
+        x, rows = rows_of(logits, indices, part)
+        _draw(ids[part], valid[part], x, rows, _exp_sums(x, rows, overlap), random.part(part), False, overlap)
+
+
+def _sum_slices(logits: Tensor, count: int) -> Iterator[slice]:
+    return slices(count, chunks_of(logits.shape[1]).padded * 8)
+
+
+def _exp_sums(x: Tensor, rows: Tensor | None, overlap: bool) -> Tensor:
+    """sums [outputs, 2, NUM_CHUNKS], as `exp_sums_kernel` says."""
+    chunks, count = chunks_of(x.shape[1]), len(x) if rows is None else len(rows)
+    sums = x.new_empty((count, 2, chunks.padded), dtype=torch.float32)
+    exp_sums_kernel[(count * chunks.count,)](
+        sums, x, x.stride(0), rows, chunks.length, chunks.count, None, 1.0,
+        INDIRECT=rows is not None, TEMPERATURES=False, ENABLE_PDL=overlap, **chunks.keywords, num_warps=CHUNK_WARPS,
+    )  # fmt: skip
+    return sums
+
+
+def _draw(
+    ids: Tensor, valid: Tensor, x: Tensor, rows: Tensor | None, sums: Tensor, random: Random, shared: bool,
+    overlap: bool,
+) -> None:  # fmt: skip
+    chunks = chunks_of(x.shape[1])
+    draw_from_logits_kernel[(len(ids),)](
+        ids, valid, sums, x, x.stride(0), rows, chunks.length, chunks.count, *random.arguments,
+        INDIRECT=rows is not None, SHARED=shared, **random.keywords, **chunks.keywords, **after(overlap),
+        num_warps=ROW_WARPS,
+    )  # fmt: skip
 
 
 def softmax(

@@ -94,7 +94,8 @@ def load_chunk(row_ptr, chunk, length, CHUNK: tl.constexpr):
 def uniform(
     seed_ptr, seed, offset_ptr, offset, output, first_output, draw, SEEDS: tl.constexpr, OFFSETS: tl.constexpr
 ):  # fmt: skip
-    """`uniform` of reference/sampling.py, fp64, shaped as `draw`. SEEDS, OFFSETS: 0 a value, 1 one entry, 2 one per row.
+    """`uniform` of reference/sampling.py, fp64, shaped as `draw`. SEEDS, OFFSETS: 0 a value, 1 one entry, 2 one per
+    row.
 
     output: the row among those of this launch, which begins at first_output.
     """
@@ -123,8 +124,8 @@ def first_above(weights, target, SIZE: tl.constexpr):
 
 @triton.jit
 def find_chunk(kept, u, NUM_CHUNKS: tl.constexpr):
-    """The chunk in which the u-th part of the mass kept [NUM_CHUNKS] ends, what is left of it there, and whether the row
-    is a distribution at all."""
+    """The chunk in which the u-th part of the mass kept [NUM_CHUNKS] ends, what is left of it there, and whether the
+    row is a distribution at all."""
     kept = kept.to(tl.float64)
     total = tl.sum(kept, 0)
     target = u * total
@@ -215,6 +216,12 @@ def rows_of(x: Tensor, indices: Tensor | None, outputs: slice) -> tuple[Tensor, 
     return (x[outputs], None) if indices is None else (x, indices[outputs])
 
 
+def share_rows(x: Tensor, indices: Tensor | None, *per_output: Tensor | None) -> bool:
+    """Whether to work on the rows of x first, once for all outputs drawn from them: if there are no more rows than
+    outputs, and no output has parameters of its own."""
+    return indices is not None and len(x) <= len(indices) and all(p is None for p in per_output)
+
+
 def slices(num_outputs: int, bytes_per_output: int) -> Iterator[slice]:
     """The outputs in runs whose workspace stays within bounds: all at once, but for very large batches."""
     step = max(1, WORKSPACE_BYTES // bytes_per_output)
@@ -223,8 +230,9 @@ def slices(num_outputs: int, bytes_per_output: int) -> Iterator[slice]:
 
 
 def overlaps(x: Tensor, pdl: bool | None = None) -> bool:
-    """Whether the kernels of a call may overlap on the device of x: on sm_90, unless `pdl` says otherwise."""
-    return config.capability(x.device) >= (9, 0) if pdl is None else pdl
+    """Whether the kernels of a call overlap on the device of x: on sm_90, unless pdl is False. Of meta tensors (compile
+    tests), as pdl says."""
+    return bool(pdl) if x.is_meta else config.capability(x.device) >= (9, 0) and pdl is not False
 
 
 def after(overlap: bool, wait: bool = True) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ids of exactly k entries of each row, given the threshold: all above it, and as many equal to it as are missing."""
+"""The ids of exactly k entries of each row: all above the threshold, and as many equal to it as are missing."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,15 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.kernels.sampling.rows import CHUNK_WARPS, chunks_of, entries, load_chunk, window_of_row
-from flashtile.kernels.sampling.threshold import (
-    Filters,
-    guess_kernel,
-    search_slices,
-    select_kernel,
-    sweep_kernel,
-    thresholds,
-)
+from flashtile.kernels.sampling.rows import CHUNK_WARPS, ROW_WARPS, chunks_of, load_chunk, window_of_row
+from flashtile.kernels.sampling.threshold import KERNELS, Filters, thresholds
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
 
@@ -51,7 +44,7 @@ def write_ids_kernel(
     ids_ptr, stride_ids, k, x_ptr, stride_x, thresholds_ptr, counts_ptr, lengths_ptr, starts_ptr, length, num_chunks,
     WINDOW: tl.constexpr, LARGE_IDS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """ids [rows, k]: the entries selected, by rising id, then -1. Of the equal ones the first are taken, or the last."""
+    """ids [rows, k]: the entries selected, by rising id, then -1. Of equal ones the first are taken, or the last."""
     row = tl.program_id(0) // num_chunks
     chunk = tl.program_id(0) % num_chunks
     row_ptr, length = window_of_row(x_ptr + row.to(tl.int64) * stride_x, length, starts_ptr, lengths_ptr, row, WINDOW)
@@ -87,27 +80,27 @@ def top_k(
     prefer_large_ids: bool,
     pdl: bool | None = None,
 ) -> None:
-    """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start, padded with -1."""
+    """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start; then -1."""
+    if not len(input):
+        return
     k, chunks = ids.shape[1], chunks_of(input.shape[1])
-    for part in search_slices(len(input), chunks.length):
-        x, begins, sizes = input[part], entries(starts, part), entries(lengths, part)
-        from_value, _ = thresholds(
-            x, Filters(top_k_value=k), signed=True, mass=False, exact=True, starts=begins, lengths=sizes, pdl=pdl
-        )
-        counts = ids.new_empty((len(x), 2, chunks.padded))
-        grid = (len(x) * chunks.count,)
-        windows = sizes, begins, chunks.length, chunks.count
-        options = {"WINDOW": begins is not None or sizes is not None, **chunks.keywords, "num_warps": CHUNK_WARPS}
-        count_kernel[grid](counts, x, x.stride(0), from_value, *windows, **options)
-        write_ids_kernel[grid](
-            ids[part], ids.stride(0), k, x, x.stride(0), from_value, counts, *windows,
-            LARGE_IDS=prefer_large_ids, BLOCK_K=BLOCK_K, **options,
-        )  # fmt: skip
+    from_value, _ = thresholds(
+        input, Filters(top_k_value=k), signed=True, mass=False, exact=True, starts=starts, lengths=lengths, pdl=pdl
+    )
+    counts = ids.new_empty((len(input), 2, chunks.padded))
+    grid = (len(input) * chunks.count,)
+    windows = lengths, starts, chunks.length, chunks.count
+    options = {"WINDOW": starts is not None or lengths is not None, **chunks.keywords}
+    count_kernel[grid](counts, input, input.stride(0), from_value, *windows, **options, num_warps=CHUNK_WARPS)
+    write_ids_kernel[grid](
+        ids, ids.stride(0), k, input, input.stride(0), from_value, counts, *windows,
+        LARGE_IDS=prefer_large_ids, BLOCK_K=BLOCK_K, **options, num_warps=ROW_WARPS,
+    )  # fmt: skip
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Whole rows and windows; the search has cases of its own."""
-    kernels = (count_kernel, write_ids_kernel, guess_kernel, sweep_kernel, select_kernel)
+    kernels = (count_kernel, write_ids_kernel, *KERNELS)
     x, ids = torch.empty((8, 128256), device="meta"), torch.empty((8, 2048), dtype=torch.int32, device="meta")
     for window, name in ((None, "rows"), (ids[:, 0], "windows")):
         launch = partial(top_k, ids, x, window, window, window is None, pdl=False)

@@ -26,7 +26,8 @@ from flashtile.testing.launches import recordings
 def accept_kernel(
     ids_ptr, stride_ids, accepted_ptr, stride_accepted, emitted_ptr, stride_emitted, ends_ptr,
     draft_ptr, stride_draft_batch, stride_draft_token, tokens_ptr, target_ptr, stride_target_batch, stride_target_token,
-    num_tokens, seed_ptr, seed, offset_ptr, offset, first_output, SEEDS: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+    num_tokens, seed_ptr, seed, offset_ptr, offset, first_output,
+    SEEDS: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program for each request: its proposals up to the first that fails, -1 after it, and the counters.
 
@@ -131,7 +132,8 @@ def chain_speculative(
     ends = ids.new_empty(batch_size)
     masses = ids.new_empty((batch_size, 2, chunks.padded), dtype=torch.float32)
     probs = (
-        draft_probs, draft_probs.stride(0), draft_probs.stride(1), target_probs, target_probs.stride(0), target_probs.stride(1)
+        draft_probs, draft_probs.stride(0), draft_probs.stride(1),
+        target_probs, target_probs.stride(0), target_probs.stride(1),
     )  # fmt: skip
     accept_kernel[(batch_size,)](
         ids, ids.stride(0), accepted, accepted.stride(0), emitted, emitted.stride(0), ends,

@@ -4,8 +4,8 @@ Three steps (a floating-point form of Floyd and Rivest's selection, CACM 1975):
 
 1. guess: a sample of the row gives a bracket lo..hi of values that holds the threshold, all but surely.
 2. sweep: the row is read; each chunk adds up what lies above hi, and stores the few entries in (lo, hi] in slots.
-3. select: these numbers prove the bracket right, and bisection over the slots finds the threshold. If the bracket was wrong
-   or too full, the row is swept again, by one program, with other brackets, until one is proved.
+3. select: these numbers prove the bracket right, and bisection over the slots finds the threshold. If the bracket was
+   wrong or too full, the row is swept again, by one program, with other brackets, until one is proved.
 
 The threshold is the smallest value x of the row for which keep(x) holds: fewer than k entries are greater than x, and
 their mass is less than top_p of the total."""
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtile.kernels.sampling.draw import draw_from_masses, draw_kernel
 from flashtile.kernels.sampling.guess import NO_LIMIT, filters_of_row, guess, guess_kernel, key_of, value_of
 from flashtile.kernels.sampling.rows import (
     CHUNK_WARPS,
@@ -35,6 +36,7 @@ from flashtile.kernels.sampling.rows import (
     overlaps,
     row_of_output,
     rows_of,
+    share_rows,
     slices,
     sum2,
     sum3,
@@ -54,7 +56,7 @@ _KEY_OF_INF = tl.constexpr(0x7F800000)
 
 @dataclass(frozen=True)
 class Filters:
-    """top_k (0: off) and top_p (1: off), for each output or one for all; top_p is of the top-k's mass, or of the row's."""
+    """top_k (0: off), top_p (1: off), for each output or one for all; joint: top_p is of the row, not of the top-k."""
 
     top_k: Tensor | None = None
     top_k_value: int = 0
@@ -82,7 +84,7 @@ class Filters:
 
 @triton.jit
 def load_fours(row_ptr, chunk, length, MASS: tl.constexpr, CHUNK: tl.constexpr):
-    """Entries of a chunk as [CHUNK / 4, 4], fp32: each row lies in one thread. Past the row's end: 0, or -inf without MASS."""
+    """Entries of a chunk as [CHUNK / 4, 4], fp32: each four in one thread. Past the row's end: 0; -inf without MASS."""
     offs = chunk * CHUNK + tl.arange(0, CHUNK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
     return tl.load(row_ptr + offs, mask=offs < length, other=0.0 if MASS else -float("inf")).to(tl.float32)
 
@@ -90,12 +92,13 @@ def load_fours(row_ptr, chunk, length, MASS: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def sweep_chunk(
     x, chunk, bracket_ptr, slots_ptr, counts_ptr, masses_ptr,
-    MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
+    USE_K: tl.constexpr, MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Store the entries of the chunk x [CHUNK / 4, 4] that lie in (lo, hi] in its slots, as many as fit, and its sums.
+    """Store the entries of the chunk x [CHUNK / 4, 4] that lie in (lo, hi] in its slots, if they fit, and its sums.
 
-    counts [2, NUM_CHUNKS] int32: entries in (lo, hi], and above hi. masses [3, NUM_CHUNKS] fp32 (with MASS): of all
-    entries, of those above hi, and of those above lo. NaN counts as above, and makes the masses NaN.
+    counts [2, NUM_CHUNKS] int32: entries in (lo, hi], and above hi (USE_K, otherwise 0). masses [3, NUM_CHUNKS] fp32
+    (with MASS): of all entries, of those above hi, and of those above lo. NaN counts as above, and makes the masses
+    NaN.
 
     A row's place among the slots comes from a scan over rows, an entry's place in its row costs no exchange between
     threads: half the instructions of a scan over all entries.
@@ -110,17 +113,21 @@ def sweep_chunk(
         tl.store(masses_ptr + NUM_CHUNKS + chunk, above_hi)
         tl.store(masses_ptr + 2 * NUM_CHUNKS + chunk, above_lo)
     in_row = tl.sum(((x > lo) & (x <= hi)).to(tl.int32), 1)
-    num_inside, num_above = sum2(in_row, tl.sum(tl.where(x <= hi, 0, 1), 1), 0)
+    num_above = 0
+    if USE_K:
+        num_inside, num_above = sum2(in_row, tl.sum(tl.where(x <= hi, 0, 1), 1), 0)
+    else:
+        num_inside = tl.sum(in_row, 0)
     tl.store(counts_ptr + chunk, num_inside)
     tl.store(counts_ptr + NUM_CHUNKS + chunk, num_above)
     before = tl.cumsum(in_row, 0) - in_row
-    # loaded once more, so that the comparisons are made once more: kept, they would need 32 predicates, of which there are 7
+    # loaded again, so that the comparisons are made again: kept, they would need 32 predicates, and there are 7
     lo = tl.load(bracket_ptr, volatile=True)
     hi = tl.load(bracket_ptr + 1, volatile=True)
     inside = (x > lo) & (x <= hi)
     place = (before - 1)[:, None] + tl.cumsum(inside.to(tl.int32), 1)
     slots_ptr += chunk * SLOTS
-    tl.store(slots_ptr + place, x, mask=inside & (before <= SLOTS - 4)[:, None])
+    tl.store(slots_ptr + place, x, mask=inside & (before <= SLOTS - 4)[:, None])  # 4 slots are left for padding
     end = num_inside + tl.arange(0, 4)  # slots are read in fours
     tl.store(slots_ptr + end, tl.full([4], -float("inf"), tl.float32), mask=end < SLOTS)
 
@@ -128,8 +135,8 @@ def sweep_chunk(
 @triton.jit
 def sweep_kernel(
     slots_ptr, counts_ptr, masses_ptr, brackets_ptr, x_ptr, stride_x, indices_ptr, lengths_ptr, starts_ptr, length,
-    num_chunks, INDIRECT: tl.constexpr, WINDOW: tl.constexpr, MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, SLOTS: tl.constexpr, ENABLE_PDL: tl.constexpr,
+    num_chunks, INDIRECT: tl.constexpr, WINDOW: tl.constexpr, USE_K: tl.constexpr, MASS: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Step 2: one program for each chunk of each output. NUM_CHUNKS: num_chunks rounded up to a power of two."""
     output = tl.program_id(0) // num_chunks
@@ -143,7 +150,7 @@ def sweep_kernel(
     place = output.to(tl.int64) * NUM_CHUNKS
     sweep_chunk(
         x, chunk, brackets_ptr + output * 2, slots_ptr + place * SLOTS, counts_ptr + 2 * place, masses_ptr + 3 * place,
-        MASS, NUM_CHUNKS, SLOTS,
+        USE_K, MASS, NUM_CHUNKS, SLOTS,
     )  # fmt: skip
 
 
@@ -151,7 +158,7 @@ def sweep_kernel(
 def slots_from(
     slots_ptr, extent, begin, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The next entries in slots [NUM_CHUNKS, WIDTH / 4, 4] of all chunks, fp32; -inf past a chunk's extent [NUM_CHUNKS]."""
+    """The next entries in slots [NUM_CHUNKS, WIDTH / 4, 4] of all chunks, fp32; -inf past their extent [NUM_CHUNKS]."""
     chunk = tl.arange(0, NUM_CHUNKS)[:, None, None]
     four = begin + 4 * tl.arange(0, WIDTH // 4)[None, :, None]
     slot = four + tl.arange(0, 4)[None, None, :]
@@ -215,8 +222,8 @@ def bisect_slots(
     """The largest key found at which keep does not hold: that of a value just below the threshold, or of an equal of
     entries below it.
 
-    keep(x): fewer than k entries in slots are above x, of a mass, with mass_above, below enough. It holds at hi, and not at
-    out_key. num_out entries, of mass mass_out, are above out_key: guesses, that only place the first pivot.
+    keep(x): fewer than k entries in slots are above x, of a mass, with mass_above, below enough. It holds at hi, and
+    not at out_key. num_out entries, of mass mass_out, are above out_key: guesses, that only place the first pivot.
     """
     top = hi
     if hi == float("inf"):
@@ -226,7 +233,7 @@ def bisect_slots(
     mass_in = mass_above
     tries = 0
     while (in_key - out_key > 1) & (num_out - num_in > 1):  # a single entry between them is the threshold
-        # where the threshold lies if counts, or masses, rise evenly from in_key down to out_key; every third time, halfway
+        # where the threshold lies if counts and masses rise evenly from in_key to out_key; every third time, halfway
         even = tl.minimum((k - num_in) / (num_out - num_in), (enough - mass_in) / (mass_out - mass_in))
         part = tl.where(tries % 3 == 2, 0.5, tl.minimum(tl.maximum(even, 0.0), 1.0))
         pivot = in_key - ((in_key - out_key).to(tl.float32) * part).to(tl.int64)
@@ -249,8 +256,8 @@ def sums_of_row(
     x_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS: tl.constexpr, WHOLE: tl.constexpr,
     NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """(entries inside, entries above, mass, mass above hi, mass above lo), each [NUM_CHUNKS]: what the sweep stored; with
-    WHOLE, of the row itself, with lo = bottom and hi = inf."""
+    """(entries inside, entries above, mass, mass above hi, mass above lo), each [NUM_CHUNKS]: what the sweep stored;
+    with WHOLE, of the row itself, with lo = bottom and hi = inf."""
     none = tl.zeros([NUM_CHUNKS], tl.float32)
     if WHOLE:
         x = load_chunk(x_ptr, 0, length, CHUNK)
@@ -274,14 +281,14 @@ def sums_of_row(
 @triton.jit
 def settle(
     row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, floor, bottom,
-    MASS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    USE_K: tl.constexpr, MASS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step 3 for keep(x): fewer than k entries are above x, of a mass below enough.
 
-    Returns a value that the entries kept are not below, and all others are (EXACT: the smallest entry kept), `bottom` if
-    all are kept; the mass kept [NUM_CHUNKS]; and the bracket proved. floor: no lower value is the threshold. WHOLE: the
-    slots are the row itself, the bracket bottom..inf.
+    Returns a value that the entries kept are not below, and all others are (EXACT: the smallest entry kept), `bottom`
+    if all are kept; the mass kept [NUM_CHUNKS]; and the bracket proved. floor: no lower value is the threshold.
+    WHOLE: the slots are the row itself, the bracket bottom..inf.
     """
     inside, above, total, above_hi, above_lo = sums_of_row(
         row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
@@ -298,7 +305,7 @@ def settle(
         step = tl.cast(1 << 20, tl.int64)  # an eighth of an octave
         out_key = key_of(lo).to(tl.int64)
         in_key = key_of(hi).to(tl.int64)
-        full = tl.max(inside) > SLOTS
+        full = tl.max(inside) > SLOTS - 4
         while ~(keeps_all | (~keeps_lo & keeps_hi & (~full | (in_key - out_key == 1)))):
             known_out = tl.where(~keeps_hi, in_key, tl.where(keeps_lo, known_out, out_key))
             known_in = tl.where(~keeps_hi, known_in, tl.where(keeps_lo, out_key, in_key))
@@ -315,7 +322,7 @@ def settle(
             tl.debug_barrier()
             for chunk in range(num_chunks):
                 x = load_fours(row_ptr, chunk, length, MASS, CHUNK)
-                sweep_chunk(x, chunk, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, MASS, NUM_CHUNKS, SLOTS)
+                sweep_chunk(x, chunk, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, USE_K, MASS, NUM_CHUNKS, SLOTS)
             tl.debug_barrier()
             inside, above, total, above_hi, above_lo = sums_of_row(
                 row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
@@ -323,7 +330,7 @@ def settle(
             keeps_lo = (tl.sum(above) + tl.sum(inside) < k) & (tl.sum(above_lo) < enough)
             keeps_hi = ((tl.sum(above) < k) & (tl.sum(above_hi) < enough)) | (hi == float("inf"))
             keeps_all = keeps_lo & (lo <= bottom)
-            full = tl.max(inside) > SLOTS
+            full = tl.max(inside) > SLOTS - 4
     else:
         full = False
     if keeps_all:
@@ -356,11 +363,11 @@ def select_kernel(
     x_ptr, stride_x, indices_ptr, lengths_ptr, starts_ptr, length, num_chunks,
     top_k_ptr, top_k, top_p_ptr, top_p, seed_ptr, seed, offset_ptr, offset, first_output,
     INDIRECT: tl.constexpr, WINDOW: tl.constexpr, USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr,
-    SIGNED: tl.constexpr, MASS: tl.constexpr, EXACT: tl.constexpr, DRAW: tl.constexpr, SEEDS: tl.constexpr, OFFSETS: tl.constexpr,
-    WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
-    ENABLE_PDL: tl.constexpr,
+    SIGNED: tl.constexpr, MASS: tl.constexpr, EXACT: tl.constexpr, DRAW: tl.constexpr, SEEDS: tl.constexpr,
+    OFFSETS: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """Step 3, one program for each output: with DRAW a token, otherwise the threshold and (with MASS) the mass kept.
+    """Step 3, one program for each output: with DRAW a token, otherwise the threshold and (with MASS) what chunks keep.
 
     WHOLE: the row is one chunk, and the only step.
     """
@@ -394,7 +401,7 @@ def select_kernel(
             enough = tl.where(phase == 0, float("inf"), enough)
         threshold, kept, lo, hi = settle(
             row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, threshold,
-            bottom, MASS, EXACT, WHOLE, NUM_CHUNKS, CHUNK, SLOTS, WIDTH,
+            bottom, USE_K > 0, MASS, EXACT, WHOLE, NUM_CHUNKS, CHUNK, SLOTS, WIDTH,
         )  # fmt: skip
     if DRAW:
         token, good = draw_token(row_ptr, length, kept, threshold, u, NUM_CHUNKS, CHUNK)
@@ -403,7 +410,7 @@ def select_kernel(
     else:
         tl.store(thresholds_ptr + output, threshold)
         if MASS:
-            tl.store(kept_ptr + output, tl.sum(kept.to(tl.float64), 0).to(tl.float32))
+            tl.store(kept_ptr + output.to(tl.int64) * NUM_CHUNKS + tl.arange(0, NUM_CHUNKS), kept)
 
 
 @triton.jit
@@ -411,65 +418,86 @@ def share_of(p, masses):
     """The mass that greater entries must stay below: p of the sum of masses [NUM_CHUNKS]; above 0, so that the largest
     entry is always kept; inf for p = inf, a filter that is off."""
     total = tl.sum(masses.to(tl.float64), 0)
-    return tl.where(p < 1.0, tl.maximum((p.to(tl.float64) * total).to(tl.float32), 1e-38), float("inf"))
+    return tl.where(p < 1.0, tl.maximum((p.to(tl.float64) * total).to(tl.float32), 1.2e-38), float("inf"))
 
 
 def sample(
-    ids: Tensor, valid: Tensor, probs: Tensor, indices: Tensor | None, filters: Filters, random: Random, pdl: bool | None
+    ids: Tensor, valid: Tensor, probs: Tensor, indices: Tensor | None, filters: Filters, random: Random,
+    pdl: bool | None,
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs under filters."""
-    for part in search_slices(len(ids), probs.shape[1]):
+    if share_rows(probs, indices, filters.top_k, filters.top_p):
+        from_value, kept = thresholds(probs, filters, signed=False, mass=True, pdl=pdl)
+        draw_from_masses(ids, valid, probs, indices, kept, from_value, random, True, pdl)
+        return
+    search = Search(signed=False, mass=True, pdl=pdl)
+    for part in _search_slices(len(ids), probs.shape[1]):
         x, rows = rows_of(probs, indices, part)
-        _search(
-            x, part.stop - part.start, filters.part(part), outputs=(ids[part], valid[part], None, None), signed=False,
-            mass=True, random=random.part(part), indices=rows, pdl=pdl,
-        )  # fmt: skip
+        outputs = (ids[part], valid[part], None, None)
+        _search(x, part, filters.part(part), outputs, search, random=random.part(part), indices=rows)
 
 
 def thresholds(
-    x: Tensor, filters: Filters, *, signed: bool, mass: bool, exact: bool = False, starts: Tensor | None = None, lengths: Tensor | None = None,
-    pdl: bool | None = None,
+    x: Tensor, filters: Filters, *, signed: bool, mass: bool, exact: bool = False, starts: Tensor | None = None,
+    lengths: Tensor | None = None, pdl: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The thresholds of rows x, and (mass) the mass they keep, each [rows]. signed: entries may be negative. exact: the
-    threshold is an entry, not a value just below it. starts, lengths: [rows], the entries that count."""
-    from_value, kept = x.new_empty((2, len(x)), dtype=torch.float32)
-    _search(
-        x, len(x), filters, outputs=(None, None, from_value, kept), signed=signed, mass=mass, exact=exact, random=None,
-        starts=starts, lengths=lengths, pdl=pdl,
-    )  # fmt: skip
+    """The thresholds [rows] of x, and (mass) the mass that each chunk keeps [rows, NUM_CHUNKS].
+
+    signed: entries may be negative. exact: the threshold is an entry, not a value just below it. starts, lengths:
+    [rows], the entries that count.
+    """
+    from_value = x.new_empty(len(x), dtype=torch.float32)
+    kept = x.new_empty((len(x), chunks_of(x.shape[1]).padded if mass else 0), dtype=torch.float32)
+    search = Search(signed, mass, exact, pdl)
+    for part in _search_slices(len(x), x.shape[1]):
+        outputs = (None, None, from_value[part], kept[part])
+        windows = {"starts": entries(starts, part), "lengths": entries(lengths, part)}
+        _search(x[part], part, filters.part(part), outputs, search, **windows)
     return from_value, kept
 
 
-def search_slices(num_outputs: int, length: int) -> Iterator[slice]:
+def _search_slices(num_outputs: int, length: int) -> Iterator[slice]:
     """Runs of outputs to search for at once."""
     chunks = chunks_of(length)
     return slices(num_outputs, chunks.padded * (SLOTS + 8) * 4 if chunks.count > 1 else 4)
 
 
+@dataclass(frozen=True)
+class Search:
+    """What is searched for: see `thresholds`."""
+
+    signed: bool
+    mass: bool
+    exact: bool = False
+    pdl: bool | None = None
+
+
 def _search(
-    x: Tensor, num_outputs: int, filters: Filters, *, outputs: tuple[Tensor | None, ...], signed: bool, mass: bool,
-    exact: bool = False, random: Random | None = None, indices: Tensor | None = None, starts: Tensor | None = None, lengths: Tensor | None = None,
-    pdl: bool | None = None,
+    x: Tensor, part: slice, filters: Filters, outputs: tuple[Tensor | None, ...], search: Search, *,
+    random: Random | None = None, indices: Tensor | None = None, starts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The three steps; rows of one chunk need only the last."""
-    chunks, overlap = chunks_of(x.shape[1]), overlaps(x, pdl)
-    on = filters.keywords(x.shape[1]) | {"SIGNED": signed}
+    """The three steps, for one slice of outputs; rows of one chunk need only the last."""
+    chunks, overlap, count = chunks_of(x.shape[1]), overlaps(x, search.pdl), part.stop - part.start
+    on = filters.keywords(x.shape[1]) | {"SIGNED": search.signed}
     rows = x, x.stride(0), indices, lengths, starts, chunks.length
     where = {"INDIRECT": indices is not None, "WINDOW": starts is not None or lengths is not None}
     whole = chunks.count == 1
     work: tuple[Tensor | None, ...] = (None,) * 4
     if not whole:
-        work = slots, counts, masses, brackets = _workspace(x, num_outputs, chunks)
+        work = slots, counts, masses, brackets = _workspace(x, count, chunks)
         guess(brackets, rows, filters.arguments, length=chunks.length, overlap=overlap, **where, **on)
-        sweep_kernel[(num_outputs * chunks.count,)](
+        sweep_kernel[(count * chunks.count,)](
             slots, counts, masses, brackets, *rows, chunks.count,
-            **where, MASS=mass, SLOTS=SLOTS, **chunks.keywords, **after(overlap), num_warps=CHUNK_WARPS,
+            **where, USE_K=on["USE_K"] > 0, MASS=search.mass, SLOTS=SLOTS, **chunks.keywords, **after(overlap),
+            num_warps=CHUNK_WARPS,
         )  # fmt: skip
     state = random or NO_RANDOM
-    select_kernel[(num_outputs,)](
+    select_kernel[(count,)](
         *outputs, *work, *rows, chunks.count, *filters.arguments, *state.arguments,
-        **where, **on, MASS=mass, EXACT=exact, DRAW=random is not None, WHOLE=whole, SLOTS=SLOTS, WIDTH=max(SLOT_TILE // chunks.padded, 4),
-        **state.keywords, **chunks.keywords, **after(overlap, not whole), num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
+        **where, **on, MASS=search.mass, EXACT=search.exact, DRAW=random is not None, WHOLE=whole, SLOTS=SLOTS,
+        WIDTH=max(SLOT_TILE // chunks.padded, 4), **state.keywords, **chunks.keywords, **after(overlap, not whole),
+        num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
     )  # fmt: skip
 
 
@@ -483,6 +511,9 @@ def _workspace(x: Tensor, num_outputs: int, chunks: Chunks) -> tuple[Tensor, Ten
         masses,
         x.new_empty((num_outputs, 2), dtype=torch.float32),
     )
+
+
+KERNELS = guess_kernel, sweep_kernel, select_kernel, draw_kernel  # of a search, and of draws that share it
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -511,6 +542,5 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _recordings(name: str, launch: Any, pdl: bool = False) -> list[CompileCase]:
-    kernels = guess_kernel, sweep_kernel, select_kernel
-    cases = recordings(lambda kernel: f"{kernel.__name__} {name}", kernels, launch, min_capability=90 if pdl else 80)
-    return [case for case in cases if case.kernel is not guess_kernel]  # which has cases of its own
+    cases = recordings(lambda kernel: f"{kernel.__name__} {name}", KERNELS, launch, min_capability=90 if pdl else 80)
+    return [case for case in cases if case.kernel in (sweep_kernel, select_kernel)]  # the others have their own

@@ -1,0 +1,61 @@
+"""The quantisers of KV caches: round trips within half a step, laws of scales and zero points, errors."""
+
+import pytest
+import torch
+
+import flashtile
+
+X = torch.randn(5, 16, 3, 128, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float8_e4m3fn, 3), (torch.float8_e5m2, 2)])
+def test_fp8_round_trip(dtype: torch.dtype, bits: int) -> None:
+    numbers, scale = flashtile.quantize_kv_fp8(X, dtype=dtype)
+    assert numbers.dtype == dtype
+    assert scale.shape == X.shape[:-1]
+    back = flashtile.dequantize_kv_fp8(numbers, scale)
+    top = X.abs().amax(-1, keepdim=True)
+    assert ((back - X).abs() <= X.abs() * 2.0 ** -(bits + 1) + top * 2.0**-14).all()
+
+
+def test_fp8_saturates_with_a_given_scale() -> None:
+    numbers, scale = flashtile.quantize_kv_fp8(torch.full((1, 1, 2, 16), 1e6), scale=1.0)
+    assert (numbers.float() == 448).all()
+    assert (flashtile.dequantize_kv_fp8(numbers, scale) == 448).all()
+
+
+def test_int8_round_trip() -> None:
+    numbers, scale, zero = flashtile.quantize_kv_int8(X)
+    assert numbers.dtype == torch.int8
+    back = flashtile.dequantize_kv_int8(numbers, scale, zero)
+    assert ((back - X).abs() <= 0.51 * scale[..., None]).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+def test_int4_round_trip(group_size: int | None, symmetric: bool) -> None:
+    numbers, scale, zero = flashtile.quantize_kv_int4(X, group_size=group_size, symmetric=symmetric)
+    assert numbers.shape == (*X.shape[:-1], 64)
+    assert numbers.dtype == torch.uint8
+    assert (zero is None) == symmetric
+    back = flashtile.dequantize_kv_int4(numbers, scale, zero)
+    step = scale[..., None] if scale.dim() < X.dim() else scale.repeat_interleave(128 // scale.shape[-1], -1)
+    assert ((back - X).abs() <= 0.51 * step).all()
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 8, got 12"):
+        flashtile.quantize_kv_int4(torch.zeros(1, 1, 12))
+    with pytest.raises(ValueError, match="group_size: expected one of"):
+        flashtile.quantize_kv_int4(X, group_size=48)
+    with pytest.raises(ValueError, match="dtype: expected float8"):
+        flashtile.quantize_kv_fp8(X, dtype=torch.int8)
+    with pytest.raises(ValueError, match="x: expected dtype"):
+        flashtile.dequantize_kv_int8(X, 1.0)
+
+
+def test_return_lse_form_of_single_prefill() -> None:
+    q, k = torch.randn(3, 4, 64), torch.randn(9, 2, 64)
+    out, lse = flashtile.single_prefill_with_kv_cache_return_lse(q, k, k, causal=True)
+    assert torch.equal(out, flashtile.single_prefill_with_kv_cache(q, k, k, causal=True))
+    assert lse.shape == (3, 4)
