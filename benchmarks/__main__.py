@@ -18,9 +18,9 @@ import torch
 
 from benchmarks import attention, elem, gemm, report, sample
 from benchmarks.report import Row
-from benchmarks.workload import NotAvailable, Overrides, Workload
+from benchmarks.workload import Call, NotAvailable, Overrides, Workload
 from flashtile.config import Config
-from flashtile.testing.cases_bench import GEMM_NAMES, BenchCase, parse_case
+from flashtile.testing.cases_bench import DECODE_NAMES, GEMM_NAMES, BenchCase, parse_case
 from flashtile.testing.timing import Ceilings, default_device, measure_ceilings, time_interleaved
 
 Maker = Callable[[Any, torch.device, Overrides, bool], Workload]
@@ -51,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(case.name for case in cases), sep="\n")
         return 0
     device = torch.device(options.device) if options.device else default_device()
-    overrides = parse_config(options.config)
-    if unknown := set(overrides) - {field.name for field in fields(Config)}:
+    variants = {text: parse_config(text) for text in options.config or [""]}
+    known = {field.name for field in fields(Config)}
+    if unknown := {name for overrides in variants.values() for name in overrides} - known:
         parser().error(f"--config: unknown field {', '.join(sorted(unknown))} of flashtile.config.Config")
-    rows, failures = run(cases, device, overrides, options)
+    rows, failures = run(cases, device, variants, options)
     return finish(rows, failures, options, device)
 
 
@@ -66,7 +67,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: CUDA if there is one")
     p.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too")
-    p.add_argument("--config", metavar="FIELD=N,...", default="", help="force fields of attention's Config")
+    p.add_argument(
+        "--config", metavar="FIELD=N,...", action="append",
+        help="force fields of attention's Config; given again, one more variant in turns with the others ('': none forced)",
+    )  # fmt: skip
     p.add_argument("--budget-ms", type=float, default=200.0, help="time for each call, milliseconds")
     p.add_argument("--out", type=Path, metavar="FILE", help="append the rows to a JSONL file")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="default: benchmarks/baseline_<device>.jsonl")
@@ -76,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 def select(areas: Sequence[str], pattern: str) -> list[BenchCase]:
     """The cases of some areas (all, if none is named), those of one area together."""
     wanted = [area for name in areas or AREAS for area in GROUPS.get(name, (name,))]
-    names = (*report.published(), *GEMM_NAMES)
+    names = (*report.published(), *DECODE_NAMES, *GEMM_NAMES)
     chosen = [name for area in wanted for name in names if name.startswith(f"{area}/")]
     return [parse_case(name) for name in dict.fromkeys(chosen) if re.search(pattern, name)]
 
@@ -98,7 +102,7 @@ def _number(text: str) -> int | float | str:
 
 
 def run(
-    cases: Sequence[BenchCase], device: torch.device, overrides: Overrides, options: argparse.Namespace
+    cases: Sequence[BenchCase], device: torch.device, variants: dict[str, Overrides], options: argparse.Namespace
 ) -> tuple[list[Row], list[str]]:
     """Time all cases, printing each as it is done. Returns the rows, and a line for each case that failed."""
     about = describe(device)
@@ -114,7 +118,7 @@ def run(
     missing: Counter[str] = Counter()
     for case in progress(cases):
         try:
-            group = time_case(case, device, overrides, options, ceilings, about)
+            group = time_case(case, device, variants, options, ceilings, about)
         except (NotAvailable, NotImplementedError) as reason:
             missing[f"{case.area}: {reason}"] += 1
             continue
@@ -140,7 +144,7 @@ def run(
 def time_case(
     case: BenchCase,
     device: torch.device,
-    overrides: Overrides,
+    variants: dict[str, Overrides],
     options: argparse.Namespace,
     ceilings: Ceilings,
     about: dict[str, str],
@@ -151,11 +155,16 @@ def time_case(
     limit = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BYTES
     if case.bytes > limit:
         raise NotAvailable(f"needs {case.bytes / 1e9:.2f} GB, more than {limit / 1e9:.2f} GB on this device")
-    workload = MAKERS[case.area](case, device, overrides, options.rivals)
-    calls = dict(workload.ours)
-    for call in calls.values():
+    calls: dict[str, Call] = {}
+    rivals: dict[str, Call] = {}
+    for text, overrides in variants.items():
+        workload = MAKERS[case.area](case, device, overrides, options.rivals and not rivals)
+        calls |= {f"{peer}[{text}]" if text else peer: call for peer, call in workload.ours.items()}
+        rivals |= workload.rivals
+    ours = dict(calls)
+    for call in ours.values():
         call()
-    for peer, call in workload.rivals.items():
+    for peer, call in rivals.items():
         try:
             call()
         except Exception as error:  # whatever another library raises for a shape that it does not take
@@ -165,10 +174,10 @@ def time_case(
     try:
         timings = time_interleaved(calls, device=device, budget_ms=options.budget_ms)
     except RuntimeError as error:  # a rival that runs, but cannot be captured in a graph, must not cost us our row
-        if len(calls) == len(workload.ours):
+        if len(calls) == len(ours):
             raise
         say(f"  {case.name} without rivals: {first_line(error)}")
-        timings = time_interleaved(workload.ours, device=device, budget_ms=options.budget_ms)
+        timings = time_interleaved(ours, device=device, budget_ms=options.budget_ms)
     return [report.make_row(case, peer, timing, ceilings, about) for peer, timing in timings.items()]
 
 

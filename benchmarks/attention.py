@@ -7,7 +7,7 @@ from benchmarks import rivals
 from benchmarks.workload import Call, Overrides, Workload, plan_with, public
 from flashtile.testing.cases_bench import AttentionBench
 
-DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 WORKSPACE_BYTES = 2**28
 
 
@@ -55,7 +55,10 @@ def decode(case: AttentionBench, device: torch.device, overrides: Overrides, wit
     cache = _paged_cache(case, tables[1].numel(), device)
     out = torch.empty_like(q)
     others = _dense_cache_rivals(case, q) if with_rivals and case.kv_dtype == "bf16" else {}
-    return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
+    scales = {}
+    if case.kv_dtype in ("int8", "int4"):
+        scales = {name: torch.rand(cache[0].shape[:-1], device=device) / 32 for name in ("k_scale", "v_scale")}
+    return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out, **scales)}, others)
 
 
 def _dense_cache_rivals(case: AttentionBench, q: Tensor) -> dict[str, Call]:
@@ -68,7 +71,8 @@ def _dense_cache_rivals(case: AttentionBench, q: Tensor) -> dict[str, Call]:
 
 def _paged_cache(case: AttentionBench, num_pages: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """K and V, each [num_pages, page_size, heads, dim], halves of one [num_pages, 2, ...] tensor."""
-    shape = (num_pages, 2, case.page_size, case.num_kv_heads, case.head_dim)
+    width = case.head_dim // 2 if case.kv_dtype == "int4" else case.head_dim
+    shape = (num_pages, 2, case.page_size, case.num_kv_heads, width)
     cache = _values(shape, DTYPES[case.kv_dtype], device)
     return cache[:, 0], cache[:, 1]
 
@@ -90,7 +94,11 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random data: normal, or for fp8 random bytes without the exponent's top bit, which are finite and below 2."""
+    """Random data: normal, for fp8 random bytes without the exponent's top bit, which are finite and below 2,
+    for integers all of their range."""
     if dtype == torch.float8_e4m3fn:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device).bitwise_and_(0xBF).view(dtype)
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
+        return torch.randint(info.min, info.max + 1, shape, dtype=dtype, device=device)
     return torch.randn(shape, dtype=dtype, device=device)

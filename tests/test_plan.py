@@ -99,6 +99,13 @@ def test_few_long_requests_fill_the_gpu_and_many_are_not_cut() -> None:
     assert choose_chunk(np.array([131072] + [1024] * 63), tiling) > 0, "one long request among short ones is cut"
 
 
+def test_long_causal_prefill_is_not_cut() -> None:
+    for length, batch_size in ((4096, 4), (16384, 1)):
+        tiling = Tiling(128, 128, 1, 32, 8, 132, split_cost=4.0)
+        work, _, _ = worklist([(length, length)] * batch_size, tiling, -1, 0)
+        assert work.num_slots == 0, "short tiles fill the gaps of long ones"
+
+
 def test_head_sections_cover_each_head_once() -> None:
     tiling = Tiling(128, 128, 1, 32, 8, 132)
     _, items, _ = worklist([(300, 300), (17, 500)], tiling, -1, 0)

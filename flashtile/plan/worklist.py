@@ -82,8 +82,9 @@ def visible_range(
 def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
     """The KV chunk length, in tokens, that should finish the tiles of these KV lengths soonest; 0: cut nothing.
 
-    The model counts steps of block_n tokens: CTAs take items longest first, so a list of n items lasts about
-    ceil(n / capacity) mean items, and never less than the longest one.
+    The model counts steps of block_n tokens. CTAs take items longest first: that lasts as long as the mean CTA's share,
+    or as one CTA that takes the last of some wave's items, and with it one at least as long from each wave before. So a
+    list whose short items fill the gaps of its long ones (causal prefill) is left whole.
     """
     steps = -(-lengths // tiling.block_n)
     total, longest = int(steps.sum()), int(steps.max(initial=0))
@@ -96,15 +97,15 @@ def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
         return int(np.maximum(-(-steps // chunk), 1).sum())
 
     def cost(chunk: int) -> float:
-        items = count(chunk)
-        waves = -(-items * heads // capacity)
-        partials = 2 * (items - tiles) * heads / capacity
-        fixed = tiling.split_cost if items > tiles else 0.0
-        return (
-            max(waves * (total / items + tiling.item_cost), chunk + tiling.item_cost)
-            + tiling.split_cost * partials
-            + fixed
-        )
+        whole = np.full(int((steps // chunk).sum()), chunk)
+        rest = np.sort(steps[(steps % chunk > 0) | (steps == 0)] % chunk)[::-1]
+        items = np.concatenate([whole, rest])
+        waves = np.arange(-(-len(items) * heads // capacity))
+        share = heads * (total + len(items) * tiling.item_cost) / capacity
+        last = float(((waves + 1) * (items[waves * capacity // heads] + tiling.item_cost)).max())
+        partials = 2 * (len(items) - tiles) * heads / capacity
+        fixed = tiling.split_cost if len(items) > tiles else 0.0
+        return max(share, last) + tiling.split_cost * partials + fixed
 
     best, best_cost = longest, cost(longest)
     targets = [k * capacity // heads for k in (1, 2, 3, 4)] + [tiles + -(-capacity // heads)]

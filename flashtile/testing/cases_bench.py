@@ -14,13 +14,15 @@ HIDDEN_SIZE = 4096  # of rmsnorm, and the width of silu_and_mul's output
 ROPE_HEADS = (32, 8)  # query and KV heads of elem/rope; elem/append_kv appends the 8 KV heads
 MLA_DIMS = (512, 64)  # ckv and kpe
 BF16_BYTES = 2
+SCALE_BYTES = 4  # of a token and head of an int8 or int4 cache, fp32
 
 
 @dataclass(frozen=True)
 class AttentionBench:
     """prefill (ragged KV), paged (the same over pages), append (a few tokens onto a cache), decode (one token each).
 
-    All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16" or "fp8" (e4m3).
+    All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16", "fp8" (e4m3), "int8" or
+    "int4"; the latter two with a scale per token and head.
     """
 
     name: str
@@ -50,8 +52,9 @@ class AttentionBench:
     @property
     def bytes(self) -> int:
         """q, out, K and V, once each."""
-        kv_bytes = 1 if self.kv_dtype == "fp8" else BF16_BYTES
-        kv = 2 * self.batch_size * self.kv_len * self.num_kv_heads * self.head_dim * kv_bytes
+        per_row = {"bf16": BF16_BYTES * self.head_dim, "fp8": self.head_dim, "int8": self.head_dim + SCALE_BYTES}
+        row = per_row.get(self.kv_dtype, self.head_dim // 2 + SCALE_BYTES)
+        kv = 2 * self.batch_size * self.kv_len * self.num_kv_heads * row
         return kv + 2 * self.batch_size * self.qo_len * self.num_qo_heads * self.head_dim * BF16_BYTES
 
 
@@ -159,7 +162,7 @@ _FORMS: dict[str, tuple[type[BenchCase], str]] = {
     "prefill": (AttentionBench, _SELF),
     "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}"),
     "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}"),
-    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.(?P<kv_dtype>bf16|fp8)\.{_PAGE}"),
+    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.(?P<kv_dtype>bf16|fp8|int8|int4)\.{_PAGE}"),
     "mla": (MlaBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.h(?P<num_heads>\d+)\.{_PAGE}"),
     "elem": (ElementwiseBench, r"(?P<op>rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv)\.t(?P<num_tokens>\d+)"),
     "sample": (SamplingBench, rf"(?P<op>sample|top_p|top_k_top_p\.(joint|first))\.{_BATCH}\.v(?P<vocab_size>\d+)"),
@@ -181,7 +184,18 @@ def parse_case(name: str) -> BenchCase:
     return kind(name=name, area=area, **fields)
 
 
-# Shapes without a figure in peers_h100.csv: grouped products of experts (square) and of LoRA (down to rank 16 or 64,
+# Shapes without a figure in peers_h100.csv. Decode over int8 and int4 caches, and page sizes:
+DECODE_NAMES = (
+    *(
+        f"decode/b{batch_size}.kv{kv_len}.h{heads}.{kv_dtype}.page16"
+        for batch_size, kv_len in ((1, 16384), (16, 4096), (64, 1024), (64, 4096), (64, 16384))
+        for heads in ("32/8", "32/32")
+        for kv_dtype in ("int8", "int4")
+    ),
+    *(f"decode/b64.kv4096.h32/8.bf16.page{page_size}" for page_size in (3, 64, 256)),
+    "decode/b1.kv131072.h32/8.bf16.page16",
+)
+# Grouped products of experts (square) and of LoRA (down to rank 16 or 64,
 # and up again), and fp8 products.
 GEMM_NAMES = (
     *(

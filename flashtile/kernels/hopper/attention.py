@@ -64,7 +64,8 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 # 64 bits wide: the compiler would widen it at the kernel's entry, where it has no register to keep it in.
 WIDE = ("stride_on", "stride_oh", "num_heads", "num_groups")
 RUNTIME = (
-    *WIDE, "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "o_cols",
+    *WIDE, "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "k_line", "v_page", "v_token", "v_head",
+    "v_line", "o_cols",
     "o_rows", "num_tiles", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed",
     "page_size", "boxes", "window_left", "window_reach",
 )  # fmt: skip
@@ -74,8 +75,8 @@ RUNTIME = (
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
     items_ptr, kv_indices_ptr, counter_ptr,
-    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32,
-    v_token: I32, v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32, num_tiles: I32,
+    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, k_line: I32,
+    v_page: I32, v_token: I32, v_head: I32, v_line: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32, num_tiles: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
     heads_packed: I32, inverse_packed: I32, page_size: I32, boxes: I32, window_left: I32, window_reach: I32,
     scale: F32, cap_scale: F32, C: gl.constexpr,
@@ -104,8 +105,8 @@ def attention_kernel(
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
     pack = (heads_packed, inverse_packed)
     q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack)
-    k = (k_desc, k_ptr, k_page, k_token, k_head)
-    v = (v_desc, v_ptr, v_page, v_token, v_head)
+    k = (k_desc, k_ptr, k_page, k_token, k_head, k_line)
+    v = (v_desc, v_ptr, v_page, v_token, v_head, v_line)
     outputs = (
         o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
         num_heads, num_groups, pack,
@@ -257,6 +258,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0,
         right=p.window_right >= 0, aligned=aligned,
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, dynamic=c.dynamic,
+        prefetch=c.prefetch and not p.paged, release_late=c.release_late,
     )  # fmt: skip
 
 
@@ -339,8 +341,8 @@ def run(
         k_steps, v_steps = steps(k), steps(v)
     else:
         k_desc, v_desc = k_matrix.descriptor(k, spec.box), v_matrix.descriptor(v, spec.box)
-        k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows
-        v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows
+        k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows, k_matrix.stride // 8
+        v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows, v_matrix.stride // 8
     q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, 0)
     o_steps = (out_matrix.head_cols, out_matrix.head_rows) if out_matrix else (0, 0)
     cap = p.logits_soft_cap
@@ -361,10 +363,10 @@ def run(
         launch_merge(plan, out, lse, workspace, sinks)
 
 
-def steps(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of pages, tokens and heads, in units of 8 elements; 0 for the pages of ragged KV."""
+def steps(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Strides of pages, tokens, heads, and tokens again, in units of 8 elements; 0 for the pages of ragged KV."""
     page = x.stride(0) // 8 if x.dim() == 4 else 0
-    return page, x.stride(-3) // 8, x.stride(-2) // 8
+    return page, x.stride(-3) // 8, x.stride(-2) // 8, x.stride(-3) // 8
 
 
 def signature(spec: Spec, dtype: str) -> dict[str, str]:
@@ -389,11 +391,12 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every head dim; ragged, paged by TMA and gathered KV; packed rows, split tiles and the variants."""
-    causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True)
+    causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True, release_late=True)
     gathered = replace(causal, paged=True, gather=True, box=0, aligned=False)
     specs = {
         "causal": causal,
         "causal.dynamic": replace(causal, dynamic=True),
+        "causal.prefetch": replace(causal, prefetch=True, release_late=False),
         "full": replace(causal, right=False),
         "paged": replace(causal, paged=True, box=16, aligned=False),
         "page1": gathered,

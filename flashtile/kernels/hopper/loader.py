@@ -2,10 +2,11 @@
 
 K runs one block ahead of V, across tiles too: that is the order in which the consumers free the stages.
 
-Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as
+Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head, line). By TMA, tensors are seen as
 matrices [rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a
 head. The
-gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes).
+gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes). line is the stride of a
+matrix row, or of a token, in that unit, by which prefetches find their rows.
 """
 
 from flashtile.kernels.hopper import tiles
@@ -81,7 +82,7 @@ def copy_box_piece(desc, buf, slot, row, col, bar, i):
 @gluon.jit
 def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.constexpr):
     """TMA copies of KV block n: one box, or one per page."""
-    desc, ptr, page_rows, head_cols, head_rows = source
+    desc, ptr, page_rows, head_cols, head_rows, line = source
     kv_indices_ptr, page_size, boxes = table
     row = head * head_rows
     col = head * head_cols
@@ -98,7 +99,7 @@ def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.const
 def gather_block(source, bufs, scratch, bar, base, head, n, kv_len, pages, table, C: gl.constexpr):
     """16-byte copies of the rows of KV block n; rows past kv_len become 0. The threads' copies arrive at bar by
     themselves."""
-    desc, ptr, page_step, token_step, head_step = source
+    desc, ptr, page_step, token_step, head_step, line = source
     kv_indices_ptr, page_size, boxes = table
     tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
     if C.paged:
@@ -144,6 +145,45 @@ def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
     else:
         pages = gl.to_tensor(0)
     return pages
+
+
+@gluon.constexpr_function
+def prefetch_lines(dim):
+    """PTX that brings a row of `dim` 16-bit elements at $1 into L2 where $2 is not 0; $0 is a result nobody reads."""
+    lines = " ".join(f"@p prefetch.global.L2 [$1+{at}];" for at in range(0, 2 * dim, 128))
+    return f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; {lines} mov.u32 $0, 0; }}"
+
+
+@gluon.jit
+def prefetch_block(source, base, head, n, kv_len, DIM: gl.constexpr, C: gl.constexpr):
+    """Ask for the rows of block n of ragged KV to be in L2 soon. Nothing waits for them.
+
+    The first block of a tile is the one whose rows no other CTA may have read yet, and it has one step to arrive.
+    """
+    desc, ptr, page_step, head_cols, head_rows, line = source
+    LANES: gl.constexpr = 32 * loader_warps(C)
+    lane = gl.arange(0, LANES, layout=token_layout(loader_warps(C)))
+    for r in range(0, C.block_n, LANES):
+        token = n * C.block_n + r + lane
+        if C.gather:
+            at = ptr + ((base + token).to(gl.int64) * line + head.to(gl.int64) * head_rows) * 8
+        else:
+            at = ptr + ((base + token + head * head_rows).to(gl.int64) * line * 8 + head * head_cols)
+        gl.inline_asm_elementwise(
+            prefetch_lines(DIM), "=r,l,r", [at.to(gl.int64), (token < kv_len).to(gl.int32)], dtype=gl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@gluon.jit
+def prefetch_tile(item, k, v, inverse_groups, C: gl.constexpr):
+    """Prefetch the first KV block of an entry; of none past the last one, whose fields are -1."""
+    base = tiles.field(item, tiles.KV_BASE)
+    kv_len = tiles.field(item, tiles.KV_LEN)
+    first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
+    head = tiles.divide(tiles.field(item, tiles.HEAD), inverse_groups)
+    prefetch_block(k, base, head, n, kv_len, C.d_qk, C)
+    prefetch_block(v, base, head, n, kv_len, C.d_vo, C)
 
 
 @gluon.jit
@@ -337,3 +377,6 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
         # The next tile's Q: early if it has a slot of its own, else when the last S of this tile has freed the only one
         if (v_fresh if C.q_slots == 2 else fresh) & (tiles.field(q_item, tiles.HEAD) >= 0):
             load_q(count, q_item, q, smem, bars, C)
+        if C.prefetch:  # noqa: SIM102 (the outer condition is known to the compiler)
+            if v_fresh:
+                prefetch_tile(q_item, k, v, inverse_groups, C)

@@ -38,6 +38,8 @@ class Spec:
     packed: a tile's rows are (token, head of a group), not tokens of one head. paged: KV rows are found by page ids.
     gather: rows of K and V are copied one by one; else by TMA, in boxes of `box` rows.
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
+    prefetch: the first KV block of the next tile is brought into L2 while the current one runs.
+    release_late: a K stage is freed together with V's (fewer barriers), not right after S (earlier loads).
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
     """
@@ -61,6 +63,8 @@ class Spec:
     sinks: bool = False
     split: bool = False
     dynamic: bool = False
+    prefetch: bool = False
+    release_late: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
@@ -86,12 +90,6 @@ def masked_loop(spec):
 def half_first(spec):
     """Whether consumer 0 sees only the left half of a tile's first block: the diagonal ends there."""
     return spec.aligned and spec.consumers == 2 and spec.block_n == 128
-
-
-@gluon.constexpr_function
-def release_late(spec):
-    """Whether a K stage is released together with V's (fewer barriers) rather than right after S (earlier loads)."""
-    return spec.right  # 1..3 % better causal, 1 % worse not causal (H100, bf16, head_dim 128)
 
 
 @gluon.constexpr_function
