@@ -23,8 +23,7 @@ class Config:
     unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90). ways: 1, or
     num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
     the compiler's choice.
-    release_late: a K stage is freed together with V's, not right after S; prefetch: the next tile's first KV block is
-        brought into L2 early; both of the Hopper family. section_tiles: see Tiling. dynamic: CTAs of a persistent grid draw tiles one by one, instead of by turns.
+    section_tiles: see Tiling.
     """
 
     family: str
@@ -45,9 +44,6 @@ class Config:
     max_registers: int | None = None
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     section_tiles: int = 0
-    dynamic: bool = False
-    prefetch: bool = False
-    release_late: bool = False
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
@@ -64,6 +60,7 @@ class Config:
             kv_chunk=self.kv_chunk,
             split=self.split,
             section_tiles=self.section_tiles,
+            persistent=self.family == "hopper",
         )
 
 
@@ -136,13 +133,12 @@ def hopper(p: Problem, w: Workload) -> Config:
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0)
-    # sections of two KV heads keep K and V in L2; longest tiles first, drawn one by one, where lengths differ
-    heads_per_item = (2 if p.num_kv_heads % 2 == 0 else 1) * (group // pack)
-    dynamic = w.max_kv_len > 1024 and (p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len)
+    # the list: all tiles of one KV head one after the other, so that they find it in L2; where tiles differ in length,
+    # longest first within sections of 512 tiles (MHA at 2k tokens: 442 us; 1024 tiles, whose KV is 64 MB, 515)
+    uneven = p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len
     return Config(
-        "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=heads_per_item,
-        section_tiles=1024 if dynamic else 1, dynamic=dynamic, split_cost=4.0,
-        release_late=p.window_right >= 0,  # 1..3 % better causal, 1 % worse not causal (H100, bf16, head_dim 128)
+        "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=group // pack,
+        section_tiles=512 if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Laws of the scheduler: what must hold for every batch, whatever it looks like."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from flashtile.config import Config
 from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem
-from flashtile.plan.worklist import ITEM_FIELDS, MERGE_FIELDS, Tiling, WorkList, choose_chunk, make_worklist
+from flashtile.plan.worklist import ITEM_FIELDS, MERGE_FIELDS, Tiling, WorkList, choose_chunk, make_worklist, take_turns
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 3000)), min_size=1, max_size=12)
 TILINGS = st.builds(
@@ -104,6 +105,32 @@ def test_long_causal_prefill_is_not_cut() -> None:
         tiling = Tiling(128, 128, 1, 32, 8, 132, split_cost=4.0)
         work, _, _ = worklist([(length, length)] * batch_size, tiling, -1, 0)
         assert work.num_slots == 0, "short tiles fill the gaps of long ones"
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.sampled_from([1, 8, 132]), st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 64]))
+def test_each_tile_has_one_turn(lengths, capacity, heads_per_item, section_tiles) -> None:  # type: ignore[no-untyped-def]
+    tiling = Tiling(64, 64, 1, 4, heads_per_item, capacity, section_tiles=section_tiles, persistent=True)
+    _, items, _ = worklist(lengths, tiling, -1, 0)
+    turns = take_turns(items["kv_end"] - items["kv_begin"], tiling)
+    assert sorted(turns[turns >= 0]) == list(range(len(items["request"]) * heads_per_item))
+    for cta in turns.T:
+        taken = np.flatnonzero(cta >= 0)
+        assert list(taken) == list(range(len(taken))), "a CTA takes its tiles without a pause"
+    assert (turns[-3:] == -1).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [2048, 4096, 16384])
+def test_turns_are_balanced(length: int, causal: bool) -> None:
+    tiling = Tiling(128, 128, 1, 32, 4, 132, split_cost=4.0, section_tiles=512 if causal else 1, persistent=True)
+    work, items, _ = worklist([(length, length)] * (16384 // length), tiling, -1, 0 if causal else -1)
+    steps = -(-(items["kv_end"] - items["kv_begin"]) // 128)
+    turns = take_turns(items["kv_end"] - items["kv_begin"], tiling)
+    done = np.where(turns >= 0, np.repeat(steps, 4)[turns], 0).sum(0)
+    whole = causal or length < 8192  # tiles so short that cutting the last ones would not pay
+    assert done.max() <= (1.032 if whole and not causal else 1.012) * done.mean()
+    assert (work.num_slots == 0) == whole, "a last wave of few long tiles is cut"
 
 
 def test_head_sections_cover_each_head_once() -> None:

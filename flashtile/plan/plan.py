@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashtile.config import Config, num_sms
 from flashtile.plan.problem import Problem, Workload
-from flashtile.plan.worklist import ITEM_STRIDE, MERGE_STRIDE, Ints, make_worklist
+from flashtile.plan.worklist import ITEM_FIELDS, ITEM_STRIDE, MERGE_STRIDE, Ints, make_worklist, take_turns
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Plan:
     device: torch.device
     items: Tensor  # [num_items, ITEM_STRIDE] int32
     merges: Tensor  # [num_merges, MERGE_STRIDE] int32
+    turns: Tensor  # [rounds, ctas] int32, of a persistent grid; else empty
     kv_indices: Tensor  # page ids, int32; any int32 tensor if the KV is ragged
     num_slots: int
     lengths: Lengths
@@ -95,7 +96,11 @@ def make_plan(
     work = make_worklist(
         lengths.qo_indptr, lengths.kv_base, lengths.kv_len, tiling, problem.window_left, problem.window_right
     )
-    items, merges = upload([work.items, work.merges], device)
+    turns = np.empty((0, 0), dtype=np.int32)
+    if tiling.persistent:
+        lengths_of = work.items[:, ITEM_FIELDS.index("kv_end")] - work.items[:, ITEM_FIELDS.index("kv_begin")]
+        turns = take_turns(lengths_of.astype(np.int64), tiling)
+    items, merges, turns_there = upload([work.items, work.merges, turns], device)
     return Plan(
         problem=problem,
         config=config,
@@ -103,6 +108,7 @@ def make_plan(
         device=device,
         items=items.view(-1, ITEM_STRIDE),
         merges=merges.view(-1, MERGE_STRIDE),
+        turns=turns_there.view(turns.shape),
         kv_indices=kv_indices,
         num_slots=work.num_slots,
         lengths=lengths,

@@ -29,6 +29,7 @@ ITEM_STRIDE = len(ITEM_FIELDS)
 # Columns of WorkList.merges, int32 each.
 MERGE_FIELDS = ("q_begin", "qo_len", "row_begin", "slot_begin", "num_slots")
 MERGE_STRIDE = len(MERGE_FIELDS)
+TAIL_PIECES = 8  # of a tile that is cut to fill the last wave: more cost workspace, and steps at their ends
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Tiling:
     num_head_groups: num_qo_heads / pack; heads_per_item: how many of them one list entry covers.
     capacity: CTAs that run at once. item_cost, split_cost: fixed cost of an item, and of a partial state, in steps.
     kv_chunk: a fixed chunk length in tokens (0: chosen for the batch). max_chunks_per_cta bounds the workspace.
+    persistent: one CTA takes many items, by turns that the plan lays down (take_turns).
     section_tiles: the list is made of sections of about so many tiles, of whole requests, each longest first (0: one
         section).
     """
@@ -54,6 +56,7 @@ class Tiling:
     kv_chunk: int = 0
     split: bool = True
     section_tiles: int = 0
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ class WorkList:
     items: NDArray[np.int32]
     merges: NDArray[np.int32]
     num_slots: int
-    kv_chunk: int  # tokens; 0: no tile was cut
 
 
 def visible_range(
@@ -79,33 +81,44 @@ def visible_range(
     return lo // tiling.block_n * tiling.block_n, hi
 
 
+def duration(steps: Ints, tiling: Tiling, cuts: int = 0) -> float:
+    """How long a list of items of so many steps each, longest first, should take; `cuts`: pieces beyond the tiles.
+
+    CTAs take items one after the other: that lasts as long as the mean CTA's share, or as one CTA that takes the last of
+    some wave's items, and with it one at least as long from each wave before.
+    """
+    heads, capacity = tiling.num_head_groups, tiling.capacity
+    waves = np.arange(-(-len(steps) * heads // capacity))
+    share = heads * (float(steps.sum()) + len(steps) * tiling.item_cost) / capacity
+    last = float(((waves + 1) * (steps[waves * capacity // heads] + tiling.item_cost)).max(initial=0.0))
+    return max(share, last) + tiling.split_cost * (2 * cuts * heads / capacity + (1.0 if cuts else 0.0))
+
+
+def pieces_of(steps: Ints, chunk: int) -> Ints:
+    """The steps of all pieces, longest first, of tiles that are cut into chunks of so many steps."""
+    whole = np.full(int((steps // chunk).sum()), chunk)
+    rest = (steps % chunk)[(steps % chunk > 0) | (steps == 0)]
+    return np.concatenate([whole, np.sort(rest)[::-1]])
+
+
 def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
     """The KV chunk length, in tokens, that should finish the tiles of these KV lengths soonest; 0: cut nothing.
 
-    The model counts steps of block_n tokens. CTAs take items longest first: that lasts as long as the mean CTA's share,
-    or as one CTA that takes the last of some wave's items, and with it one at least as long from each wave before. So a
-    list whose short items fill the gaps of its long ones (causal prefill) is left whole.
+    A list whose short items fill the gaps of its long ones (causal prefill) is left whole.
     """
     steps = -(-lengths // tiling.block_n)
-    total, longest = int(steps.sum()), int(steps.max(initial=0))
+    longest = int(steps.max(initial=0))
     heads, capacity = tiling.num_head_groups, tiling.capacity
     tiles = len(steps)
-    if total == 0 or longest <= 1:
+    if longest <= 1:
         return 0
 
     def count(chunk: int) -> int:
         return int(np.maximum(-(-steps // chunk), 1).sum())
 
     def cost(chunk: int) -> float:
-        whole = np.full(int((steps // chunk).sum()), chunk)
-        rest = np.sort(steps[(steps % chunk > 0) | (steps == 0)] % chunk)[::-1]
-        items = np.concatenate([whole, rest])
-        waves = np.arange(-(-len(items) * heads // capacity))
-        share = heads * (total + len(items) * tiling.item_cost) / capacity
-        last = float(((waves + 1) * (items[waves * capacity // heads] + tiling.item_cost)).max())
-        partials = 2 * (len(items) - tiles) * heads / capacity
-        fixed = tiling.split_cost if len(items) > tiles else 0.0
-        return max(share, last) + tiling.split_cost * partials + fixed
+        pieces = pieces_of(steps, chunk)
+        return duration(pieces, tiling, len(pieces) - tiles)
 
     best, best_cost = longest, cost(longest)
     targets = [k * capacity // heads for k in (1, 2, 3, 4)] + [tiles + -(-capacity // heads)]
@@ -119,6 +132,67 @@ def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
         if cost(low) < best_cost:
             best, best_cost = low, cost(low)
     return 0 if best == longest else best * tiling.block_n
+
+
+def choose_tail(lengths: Ints, tiling: Tiling) -> tuple[int, int]:
+    """(n, chunk in tokens): cut the n shortest tiles, where a last wave of few tiles would leave most CTAs idle; (0, 0):
+    cut nothing."""
+    steps = np.sort(-(-lengths // tiling.block_n))[::-1]
+    over = len(steps) * tiling.num_head_groups % tiling.capacity
+    n = -(-over // tiling.num_head_groups)
+    if n == 0 or n >= len(steps):
+        return 0, 0
+    chunk = -(-int(steps[-n]) // TAIL_PIECES)
+    pieces = pieces_of(steps[-n:], max(chunk, 1))
+    listed = np.sort(np.concatenate([steps[:-n], pieces]))[::-1]
+    gain = duration(steps, tiling) - duration(listed, tiling, len(pieces) - n)
+    worth = gain > 0.02 * duration(steps, tiling)  # 64 steps a tile: 1 % faster; 32: predicted 1.3 %, found 1 % slower
+    return (n, chunk * tiling.block_n) if worth and len(pieces) > n else (0, 0)
+
+
+def choose_cuts(lengths: Ints, tiling: Tiling) -> Ints:
+    """The KV chunk length of each tile, in tokens; 0: the tile is left whole."""
+    if not tiling.split:
+        return np.zeros_like(lengths)
+    chunk = tiling.kv_chunk or choose_chunk(lengths, tiling)
+    cuts = np.full_like(lengths, chunk)
+    if chunk == 0 and tiling.persistent:
+        n, chunk = choose_tail(lengths, tiling)
+        cuts[np.argsort(-lengths, kind="stable")[len(lengths) - n :]] = chunk
+    return cuts
+
+
+def take_turns(lengths: Ints, tiling: Tiling) -> NDArray[np.int32]:
+    """Which tile each CTA of a persistent grid takes in each round: [rounds + 3, ctas] int32, -1 for none.
+
+    A round hands out the next tiles of the list, back and forth over the CTAs. Where that leaves a CTA with more than its
+    share, the longest tile of a round goes to the CTA that has had least to do so far: CTAs end within 1 % of one another
+    then, without the atomic counter by which tiles could be drawn (2 % slower, benchmarks/NOTES.md). The last rounds are
+    empty: the loader reads ahead.
+
+    Args:
+        lengths: KV tokens of each entry of the list, which stands for heads_per_item tiles.
+    """
+    cost = -(-lengths // tiling.block_n) + tiling.item_cost
+    steps = np.repeat(cost, tiling.heads_per_item)
+    ctas = max(min(tiling.capacity, len(steps)), 1)
+    rounds = -(-len(steps) // ctas)
+    turns = np.full((rounds + 3, ctas), -1, dtype=np.int32)
+    turns.reshape(-1)[: len(steps)] = np.arange(len(steps))
+    turns[1:rounds:2] = turns[1:rounds:2, ::-1]
+    share = np.append(steps, 0.0)[turns].sum(0)
+    tolerance = 1.05 if cost.max(initial=0) < 10 else 1.01  # short tiles are bound by memory, not by their steps
+    if share.max(initial=0) > tolerance * share.mean():
+        turns[1:rounds:2] = turns[1:rounds:2, ::-1]
+        done = np.zeros(ctas)
+        for r in range(rounds):
+            tiles = turns[r, : len(steps) - r * ctas].copy()
+            longest = np.argsort(-steps[tiles], kind="stable")
+            least = np.argsort(done, kind="stable")[: len(tiles)]
+            turns[r] = -1
+            turns[r, least] = tiles[longest]
+            done[least] += steps[tiles[longest]]
+    return turns
 
 
 def make_worklist(
@@ -139,12 +213,13 @@ def make_worklist(
     row_begin = (np.arange(len(request)) - np.repeat(np.cumsum(tiles_of) - tiles_of, tiles_of)) * tiling.block_m
     lo, hi = visible_range(row_begin, qo_len[request], kv_len[request], tiling, window_left, window_right)
 
-    chunk = (tiling.kv_chunk or choose_chunk(hi - lo, tiling)) if tiling.split else 0
-    chunks = np.ones_like(lo) if chunk == 0 else np.maximum(-(-(hi - lo) // chunk), 1)
+    chunk = choose_cuts(hi - lo, tiling)
+    chunk = np.where(chunk > 0, chunk, np.maximum(hi - lo, 1))
+    chunks = np.maximum(-(-(hi - lo) // chunk), 1)
     tile = np.repeat(np.arange(len(request)), chunks)
     nth = np.arange(len(tile)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    begin = lo[tile] + nth * chunk
-    end = np.minimum(begin + chunk, hi[tile]) if chunk else hi[tile]
+    begin = lo[tile] + nth * chunk[tile]
+    end = np.minimum(begin + chunk[tile], hi[tile])
 
     cut = chunks > 1
     slots_before = np.cumsum(np.where(cut, chunks, 0)) - np.where(cut, chunks, 0)
@@ -158,7 +233,7 @@ def make_worklist(
 
     m = np.flatnonzero(cut)
     merges = np.stack([qo_indptr[request[m]], qo_len[request[m]], row_begin[m], slots_before[m], chunks[m]], axis=1)
-    return WorkList(items.astype(np.int32), merges.astype(np.int32), int(chunks[cut].sum()), chunk)
+    return WorkList(items.astype(np.int32), merges.astype(np.int32), int(chunks[cut].sum()))
 
 
 def _spread_heads(items: Ints, tiling: Tiling) -> Ints:

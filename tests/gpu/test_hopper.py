@@ -102,11 +102,9 @@ def test_dim128(case: AttentionCase) -> None:
     check(case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("forced", [{"kv_chunk": 128}, {"dynamic": True, "section_tiles": 8}], ids=["split", "dynamic"])
+@pytest.mark.parametrize("forced", [{"kv_chunk": 128}, {"section_tiles": 8}], ids=["split", "sections"])
 @pytest.mark.parametrize("case", [c for c in LONG_CASES if c.head_dim == 128 and c.dim_vo == 128], ids=str)
 def test_schedules(case: AttentionCase, forced: dict[str, object]) -> None:
-    if config_of(case, torch.bfloat16).block_m == 64 and "dynamic" in forced:
-        forced = {"block_m": 128, **forced}
     check(case, torch.bfloat16, **forced)
 
 

@@ -64,9 +64,8 @@ def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 # 64 bits wide: the compiler would widen it at the kernel's entry, where it has no register to keep it in.
 WIDE = ("stride_on", "stride_oh", "num_heads", "num_groups")
 RUNTIME = (
-    *WIDE, "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "k_line", "v_page", "v_token", "v_head",
-    "v_line", "o_cols",
-    "o_rows", "num_tiles", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed",
+    *WIDE, "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "o_cols",
+    "o_rows", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed",
     "page_size", "boxes", "window_left", "window_reach",
 )  # fmt: skip
 
@@ -74,9 +73,8 @@ RUNTIME = (
 @gluon.jit(do_not_specialize=RUNTIME)
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-    items_ptr, kv_indices_ptr, counter_ptr,
-    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, k_line: I32,
-    v_page: I32, v_token: I32, v_head: I32, v_line: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32, num_tiles: I32,
+    items_ptr, kv_indices_ptr, turns_ptr,
+    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32, v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
     heads_packed: I32, inverse_packed: I32, page_size: I32, boxes: I32, window_left: I32, window_reach: I32,
     scale: F32, cap_scale: F32, C: gl.constexpr,
@@ -105,8 +103,8 @@ def attention_kernel(
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
     pack = (heads_packed, inverse_packed)
     q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack)
-    k = (k_desc, k_ptr, k_page, k_token, k_head, k_line)
-    v = (v_desc, v_ptr, v_page, v_token, v_head, v_line)
+    k = (k_desc, k_ptr, k_page, k_token, k_head)
+    v = (v_desc, v_ptr, v_page, v_token, v_head)
     outputs = (
         o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
         num_heads, num_groups, pack,
@@ -114,7 +112,7 @@ def attention_kernel(
     table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
     window = (window_left, window_reach, pack)
-    work = (items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups)
+    work = (items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups)
     if C.consumers == 1:
         gl.warp_specialize(
             [
@@ -217,9 +215,8 @@ class Setup:
     def __init__(self, plan: Plan) -> None:
         p, c = plan.problem, plan.config
         self.heads_per_item = c.heads_per_item or plan.num_head_groups
-        self.tiles = plan.num_items * self.heads_per_item
         self.inverses = inverse(self.heads_per_item), inverse(p.group_size // c.pack)
-        self.grid = (min(self.tiles, num_sms(plan.device)),)
+        self.grid = (plan.turns.shape[1],)
         self.box = box_rows(p.page_size, c.block_n)
         self.variants: dict[tuple[bool, ...], Spec] = {}
         self.plan = ref(plan)
@@ -233,7 +230,6 @@ class Setup:
             self.variants[key] = fit(
                 replace(
                     self.base, gather=gather, q_tma=q_tma, o_tma=o_tma, sinks=sinks,
-                    dynamic=self.base.dynamic and not gather,  # only a loader of one warp can draw numbers
                     box=0 if gather else self.box,
                 )
             )  # fmt: skip
@@ -257,8 +253,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0,
         right=p.window_right >= 0, aligned=aligned,
-        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, dynamic=c.dynamic,
-        prefetch=c.prefetch and not p.paged, release_late=c.release_late,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
     )  # fmt: skip
 
 
@@ -280,7 +275,6 @@ def fit(spec: Spec) -> Spec:
 
 
 _SETUPS: WeakKeyDictionary[Plan, Setup] = WeakKeyDictionary()
-_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def setup_of(plan: Plan) -> Setup:
@@ -288,21 +282,6 @@ def setup_of(plan: Plan) -> Setup:
     found = _SETUPS.get(plan)
     if found is None:
         found = _SETUPS[plan] = Setup(plan)
-    return found
-
-
-def tile_counter(device: torch.device) -> torch.Tensor:
-    """A zero that CTAs draw tile numbers from; every launch leaves it 0. One per stream: launches of a stream do not
-    overlap.
-
-    A captured graph may be replayed on any stream: it gets a counter of its own, cleared by a node of the graph.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _COUNTERS.get(key)
-    if found is None:
-        found = _COUNTERS[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return found
 
 
@@ -341,21 +320,19 @@ def run(
         k_steps, v_steps = steps(k), steps(v)
     else:
         k_desc, v_desc = k_matrix.descriptor(k, spec.box), v_matrix.descriptor(v, spec.box)
-        k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows, k_matrix.stride // 8
-        v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows, v_matrix.stride // 8
+        k_steps = k_matrix.pages, k_matrix.head_cols, k_matrix.head_rows
+        v_steps = v_matrix.pages, v_matrix.head_cols, v_matrix.head_rows
     q_steps = (0, q_matrix.head_cols, q_matrix.head_rows) if q_matrix else (q.stride(0) // 8, q.stride(1) // 8, 0)
     o_steps = (out_matrix.head_cols, out_matrix.head_rows) if out_matrix else (0, 0)
     cap = p.logits_soft_cap
     scale, cap_scale = (cap * LOG2_E, sm_scale / cap) if cap > 0 else (sm_scale * LOG2_E, 0.0)
     partial, partial_lse = plan.partials(workspace)
-    counter = tile_counter(plan.device) if spec.dynamic else plan.items
     attention_kernel[setup.grid](
         q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
-        plan.items, plan.kv_indices, counter,
+        plan.items, plan.kv_indices, plan.turns,
         *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
-        setup.tiles, p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
-        inverse(c.pack), p.page_size,
-        c.block_n // spec.box if spec.box else 0,
+        p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
+        inverse(c.pack), p.page_size, c.block_n // spec.box if spec.box else 0,
         p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
         num_warps=4, maxnreg=registers(spec)[0],
     )  # fmt: skip
@@ -363,10 +340,10 @@ def run(
         launch_merge(plan, out, lse, workspace, sinks)
 
 
-def steps(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Strides of pages, tokens, heads, and tokens again, in units of 8 elements; 0 for the pages of ragged KV."""
+def steps(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of pages, tokens and heads, in units of 8 elements; 0 for the pages of ragged KV."""
     page = x.stride(0) // 8 if x.dim() == 4 else 0
-    return page, x.stride(-3) // 8, x.stride(-2) // 8, x.stride(-3) // 8
+    return page, x.stride(-3) // 8, x.stride(-2) // 8
 
 
 def signature(spec: Spec, dtype: str) -> dict[str, str]:
@@ -377,7 +354,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 
     found = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
-    found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "counter_ptr"), "*i32")
+    found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
     found |= dict.fromkeys(("scale", "cap_scale"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
     found["k_desc"] = desc(spec.box, spec.d_qk) if not spec.gather else "constexpr"
@@ -391,12 +368,10 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every head dim; ragged, paged by TMA and gathered KV; packed rows, split tiles and the variants."""
-    causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True, release_late=True)
+    causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True)
     gathered = replace(causal, paged=True, gather=True, box=0, aligned=False)
     specs = {
         "causal": causal,
-        "causal.dynamic": replace(causal, dynamic=True),
-        "causal.prefetch": replace(causal, prefetch=True, release_late=False),
         "full": replace(causal, right=False),
         "paged": replace(causal, paged=True, box=16, aligned=False),
         "page1": gathered,

@@ -2,11 +2,10 @@
 
 K runs one block ahead of V, across tiles too: that is the order in which the consumers free the stages.
 
-Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head, line). By TMA, tensors are seen as
+Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as
 matrices [rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a
 head. The
-gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes). line is the stride of a
-matrix row, or of a token, in that unit, by which prefetches find their rows.
+gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes).
 """
 
 from flashtile.kernels.hopper import tiles
@@ -21,7 +20,7 @@ from flashtile.kernels.hopper.compat import (
     reinterpret,
     tma_load,
 )
-from flashtile.kernels.hopper.spec import K_EMPTY, ROWS, V_EMPTY, WARP, loader_warps, threads
+from flashtile.kernels.hopper.spec import K_EMPTY, ROWS, V_EMPTY, loader_warps, threads
 
 CHUNK = gl.constexpr(32)  # rows that the gathering loader copies at once: more would cost it registers
 
@@ -82,15 +81,15 @@ def copy_box_piece(desc, buf, slot, row, col, bar, i):
 @gluon.jit
 def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.constexpr):
     """TMA copies of KV block n: one box, or one per page."""
-    desc, ptr, page_rows, head_cols, head_rows, line = source
+    desc, ptr, page_rows, head_cols, head_rows = source
     kv_indices_ptr, page_size, boxes = table
     row = head * head_rows
     col = head * head_cols
     if C.paged:
         if C.box == C.block_n:
             row += n * C.block_n % page_size
-        for i in range(0, boxes):
-            copy_box(desc, bufs, slot, row + tiles.field(pages, i) * page_rows, col, bar, i)
+        for i in range(0, boxes):  # an argument: unrolled, the loop would spill
+            copy_box(desc, bufs, slot, row + of_lane(pages, i) * page_rows, col, bar, i)
     else:
         copy_box(desc, bufs, slot, row + base + n * C.block_n, col, bar, 0)
 
@@ -99,7 +98,7 @@ def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.const
 def gather_block(source, bufs, scratch, bar, base, head, n, kv_len, pages, table, C: gl.constexpr):
     """16-byte copies of the rows of KV block n; rows past kv_len become 0. The threads' copies arrive at bar by
     themselves."""
-    desc, ptr, page_step, token_step, head_step, line = source
+    desc, ptr, page_step, token_step, head_step = source
     kv_indices_ptr, page_size, boxes = table
     tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
     if C.paged:
@@ -127,6 +126,25 @@ def gather_rows(ptr, offsets, out, valid, C: gl.constexpr):
 
 
 @gluon.jit
+def load_lanes(ptr, count):
+    """Start to read an int32 per lane, the first `count` at ptr; -1 in the other lanes. A scalar, as the compiler sees
+    it: only for `of_lane`."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; mul.wide.u32 a, l, 4; add.s64 a, a, $1; "
+        "setp.lt.s32 p, l, $2; mov.b32 $0, -1; @p ld.global.b32 $0, [a]; }",
+        "=&r,l,r", [ptr.to(gl.int64), count], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def of_lane(x, i):
+    """Lane i's value of x in all lanes: one shuffle, where a sum over a tensor's lanes takes five one after the other."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", [x, i], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
     """Start to read the page ids of KV block n, where there are any. Past the request's pages they are -1 (TMA), 0
     (gather)."""
@@ -135,55 +153,15 @@ def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
         tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
         entry = (base + tokens // page_size).to(gl.int64)
         pages = gl.load(kv_indices_ptr + entry, mask=(tokens < kv_len) & valid, other=0)
-    elif C.paged:  # one page per lane
-        lane = gl.arange(0, WARP, layout=tiles.lane_layout(loader_warps(C)))
+    elif C.paged:
         entry = n * (C.block_n // C.box)
         if C.box == C.block_n:
             entry = n * C.block_n // page_size
-        inside = (lane < C.block_n // C.box) & (n * C.block_n + lane * C.box < kv_len)
-        pages = gl.load(kv_indices_ptr + (base + entry).to(gl.int64) + lane, mask=inside & valid, other=-1)
+        count = gl.minimum((kv_len - n * C.block_n + C.box - 1) // C.box, C.block_n // C.box)
+        pages = load_lanes(kv_indices_ptr + (base + entry).to(gl.int64), gl.where(valid, count, 0))
     else:
         pages = gl.to_tensor(0)
     return pages
-
-
-@gluon.constexpr_function
-def prefetch_lines(dim):
-    """PTX that brings a row of `dim` 16-bit elements at $1 into L2 where $2 is not 0; $0 is a result nobody reads."""
-    lines = " ".join(f"@p prefetch.global.L2 [$1+{at}];" for at in range(0, 2 * dim, 128))
-    return f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; {lines} mov.u32 $0, 0; }}"
-
-
-@gluon.jit
-def prefetch_block(source, base, head, n, kv_len, DIM: gl.constexpr, C: gl.constexpr):
-    """Ask for the rows of block n of ragged KV to be in L2 soon. Nothing waits for them.
-
-    The first block of a tile is the one whose rows no other CTA may have read yet, and it has one step to arrive.
-    """
-    desc, ptr, page_step, head_cols, head_rows, line = source
-    LANES: gl.constexpr = 32 * loader_warps(C)
-    lane = gl.arange(0, LANES, layout=token_layout(loader_warps(C)))
-    for r in range(0, C.block_n, LANES):
-        token = n * C.block_n + r + lane
-        if C.gather:
-            at = ptr + ((base + token).to(gl.int64) * line + head.to(gl.int64) * head_rows) * 8
-        else:
-            at = ptr + ((base + token + head * head_rows).to(gl.int64) * line * 8 + head * head_cols)
-        gl.inline_asm_elementwise(
-            prefetch_lines(DIM), "=r,l,r", [at.to(gl.int64), (token < kv_len).to(gl.int32)], dtype=gl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
-def prefetch_tile(item, k, v, inverse_groups, C: gl.constexpr):
-    """Prefetch the first KV block of an entry; of none past the last one, whose fields are -1."""
-    base = tiles.field(item, tiles.KV_BASE)
-    kv_len = tiles.field(item, tiles.KV_LEN)
-    first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-    head = tiles.divide(tiles.field(item, tiles.HEAD), inverse_groups)
-    prefetch_block(k, base, head, n, kv_len, C.d_qk, C)
-    prefetch_block(v, base, head, n, kv_len, C.d_vo, C)
 
 
 @gluon.jit
@@ -302,13 +280,12 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
 @gluon.jit
 def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
     """The loader's role; see the module's docstring."""
-    items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups = work
+    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     ring = smem[4]
     tile_full = bars[4]
-    cta = gl.program_id(0)
-    ctas = gl.num_programs(0)
 
-    t = cta
+    t = tiles.turn(work, 0)
+    following = tiles.turn(work, 1)
     item = tiles.with_head(tiles.fetch(work, t, C), t, work)
     tiles.publish(ring, tile_full, 0, item)
     count = gl.to_tensor(0)  # tiles handed over, less one
@@ -323,12 +300,9 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
     kv_head = tiles.divide(head, inverse_groups)
     pages = load_pages(table, base, n, kv_len, True, C)
     load_q(0, item, q, smem, bars, C)
-    # static turns go there and back again, so that no CTA gets the longer tile of every round
-    t = ctas + (cta if C.dynamic else ctas - 1 - cta)
-    stride = 2 * cta + 1
+    t = following
     item = tiles.fetch(work, t, C)
-    if C.dynamic:
-        drawn = tiles.take_number(counter_ptr)
+    following = tiles.turn(work, 2)
     load_k(0, k, smem, bars, base, kv_head, n, kv_len, pages, table, C)
     pages_next = load_pages(table, base, n - 1, kv_len, n > first, C)
 
@@ -355,16 +329,8 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
             kv_head = tiles.divide(head, inverse_groups)
             more = head >= 0
             pages = load_pages(table, base, n, kv_len, more, C)
-            if C.dynamic:
-                number = tiles.everyone(drawn)
-                t = number + 2 * ctas
-                if number == num_tiles - 1:  # one number is drawn per tile: this was the launch's last one
-                    gl.store(counter_ptr, 0)
-                if more:
-                    drawn = tiles.take_number(counter_ptr)
-            else:
-                t += stride
-                stride = 2 * ctas - stride
+            t = following
+            following = tiles.turn(work, count + 2)
             item = tiles.fetch(work, t, C)
         else:
             n -= 1
@@ -377,6 +343,3 @@ def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
         # The next tile's Q: early if it has a slot of its own, else when the last S of this tile has freed the only one
         if (v_fresh if C.q_slots == 2 else fresh) & (tiles.field(q_item, tiles.HEAD) >= 0):
             load_q(count, q_item, q, smem, bars, C)
-        if C.prefetch:  # noqa: SIM102 (the outer condition is known to the compiler)
-            if v_fresh:
-                prefetch_tile(q_item, k, v, inverse_groups, C)

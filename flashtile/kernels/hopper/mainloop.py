@@ -209,8 +209,7 @@ def step(
     pass_turn(W, C)
     PV_PRODUCTS: gl.constexpr = len(acc) * (1 if HALF else 2)
     s = warpgroup_mma_wait(PV_PRODUCTS, deps=[s_token])
-    if not C.release_late:
-        named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
+    named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
     s = to_logits(s, cap_scale, C)
     if masked_loop(C):  # noqa: SIM102 (the outer condition is known to the compiler, the inner one is not)
         if (n >= full) | (n < left):
@@ -224,8 +223,6 @@ def step(
     wait_full(bars[0], count, C.q_slots)  # PIN
     acc = wait_pv(o_token, 0)
     named_arrive(V_EMPTY + it % C.stages, threads(C))
-    if C.release_late:
-        named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
     pb = gl.exp2(sb * c - mc)
     acc = rescale(acc, alpha)
     l += sum_own(pb)

@@ -38,8 +38,6 @@ class Spec:
     packed: a tile's rows are (token, head of a group), not tokens of one head. paged: KV rows are found by page ids.
     gather: rows of K and V are copied one by one; else by TMA, in boxes of `box` rows.
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
-    prefetch: the first KV block of the next tile is brought into L2 while the current one runs.
-    release_late: a K stage is freed together with V's (fewer barriers), not right after S (earlier loads).
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
     """
@@ -62,9 +60,6 @@ class Spec:
     soft_cap: bool = False
     sinks: bool = False
     split: bool = False
-    dynamic: bool = False
-    prefetch: bool = False
-    release_late: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.

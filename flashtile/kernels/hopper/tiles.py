@@ -1,9 +1,9 @@
 """The list of work tiles: which tile a CTA takes next, and how the loader tells the consumers.
 
-`work` is (items_ptr, counter_ptr, num_tiles, heads_per_item, its inverse, inverse of groups_per_kv_head). Tile t is
-head group t % heads_per_item of entry t // heads_per_item. The loader reads the entry, one field per lane, a tile
-ahead,
-and hands it over through a ring in shared memory; HEAD then holds the tile's own head group, or -1 after the last tile.
+`work` is (items_ptr, turns_ptr, heads_per_item, its inverse, inverse of groups_per_kv_head). The plan's turns say which
+tile each CTA takes in each round; tile t is head group t % heads_per_item of entry t // heads_per_item, and -1 means no
+more. The loader reads a tile's number two tiles ahead and its entry one tile ahead, one field per lane, and hands it over
+through a ring in shared memory; HEAD then holds the tile's own head group, or -1 after the last tile.
 """
 
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
@@ -55,12 +55,19 @@ def lane_layout(warps):
 
 
 @gluon.jit
+def turn(work, r):
+    """Start to read which tile this CTA takes in round r."""
+    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
+    return gl.load(turns_ptr + r * gl.num_programs(0) + gl.program_id(0))
+
+
+@gluon.jit
 def fetch(work, t, C: gl.constexpr):
-    """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 past the last tile."""
-    items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups = work
+    """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 for no tile."""
+    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     entry = divide(t, inverse_heads).to(gl.int64)
     lane = gl.arange(0, WARP, layout=lane_layout(loader_warps(C)))
-    return gl.load(items_ptr + entry * FIELDS + lane, mask=(lane < FIELDS) & (t < num_tiles), other=-1)
+    return gl.load(items_ptr + entry * FIELDS + lane, mask=(lane < FIELDS) & (t >= 0), other=-1)
 
 
 @gluon.jit
@@ -73,9 +80,9 @@ def field(item, i):
 @gluon.jit
 def with_head(item, t, work):
     """The entry of tile t with the tile's own head group in it."""
-    items_ptr, counter_ptr, num_tiles, heads_per_item, inverse_heads, inverse_groups = work
+    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     lane = gl.arange(0, WARP, layout=item.type.layout)
-    return item + gl.where((lane == HEAD) & (t < num_tiles), t - divide(t, inverse_heads) * heads_per_item, 0)
+    return item + gl.where((lane == HEAD) & (t >= 0), t - divide(t, inverse_heads) * heads_per_item, 0)
 
 
 @gluon.jit
@@ -98,21 +105,3 @@ def block_range(kv_begin, kv_end, C: gl.constexpr):
     first = kv_begin // C.block_n
     last = gl.maximum((kv_end + C.block_n - 1) // C.block_n - 1, first)
     return first, last
-
-
-@gluon.jit
-def take_number(counter_ptr):
-    """Draw the next number of the launch, in lane 0; nothing waits for it until `everyone` reads it."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; mov.u32 $0, 0; "
-        "@p atom.global.add.u32 $0, [$1], 1; }",
-        "=r,l", [counter_ptr.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def everyone(x):
-    """Lane 0's value in all lanes of a warp."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
