@@ -1,11 +1,11 @@
-"""Areas prefill, paged, append and decode: uniform batches through the batch wrappers; pages in random order."""
+"""Areas prefill, ragged, paged, append and decode, through the batch wrappers; pages in random order."""
 
 import torch
 from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.workload import Call, Overrides, Workload, plan_with, public
-from flashtile.testing.cases_bench import AttentionBench
+from flashtile.testing.cases_bench import SOFT_CAP, WINDOW, AttentionBench, RaggedBench
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 WORKSPACE_BYTES = 2**28
@@ -14,20 +14,46 @@ WORKSPACE_BYTES = 2**28
 def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
     """Ragged prefill; a batch of one also through single_prefill_with_kv_cache."""
     q, k, v = (
-        _values((case.batch_size, case.qo_len, heads, case.head_dim), torch.bfloat16, device)
-        for heads in (case.num_qo_heads, case.num_kv_heads, case.num_kv_heads)
-    )
+        _values((case.batch_size, case.qo_len, heads, dim), torch.bfloat16, device)
+        for heads, dim in (
+            (case.num_qo_heads, case.head_dim), (case.num_kv_heads, case.head_dim), (case.num_kv_heads, case.dim_vo)
+        )
+    )  # fmt: skip
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     wrapper = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
     indptr = _indptr(case.batch_size, case.qo_len)
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
-    plan_with(wrapper, overrides, indptr, indptr, *sizes, causal=case.causal, q_data_type=q.dtype)
-    out = torch.empty_like(flat_q)
-    ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(flat_q, flat_k, flat_v, out=out)}
+    window = {"window_left": WINDOW - 1} if case.variant == "window" else {}
+    cap = {"logits_soft_cap": SOFT_CAP} if case.variant == "cap" else {}
+    plan = {"causal": case.causal, "q_data_type": q.dtype}
+    plan_with(wrapper, overrides, indptr, indptr, *sizes, case.dim_vo, **plan, **window, **cap)
+    sinks = {"sinks": torch.zeros(case.num_qo_heads, device=device)} if case.variant == "sinks" else {}
+    out = torch.empty(*flat_q.shape[:2], case.dim_vo, dtype=q.dtype, device=device)
+    ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(flat_q, flat_k, flat_v, out=out, **sinks)}
+    if case.variant:  # and the same without it
+        plain = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
+        plan_with(plain, overrides, indptr, indptr, *sizes, case.dim_vo, **plan)
+        return Workload(ours | {"flashtile.plain": lambda: plain.run(flat_q, flat_k, flat_v, out=out)})
     if case.batch_size == 1 and not overrides:
         single = public("single_prefill_with_kv_cache")
         ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, causal=case.causal)
     return Workload(ours, rivals.dense_attention(q, k, v, case.causal) if with_rivals else {})
+
+
+def ragged(case: RaggedBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
+    """Ragged prefill of requests of different lengths; of the rivals, FlashAttention-3 takes them in one call."""
+    qo_indptr, kv_indptr = (
+        torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        for lens in (case.qo_lens, case.kv_lens)
+    )
+    q = _values((int(qo_indptr[-1]), case.num_qo_heads, case.head_dim), torch.bfloat16, device)
+    k, v = (_values((int(kv_indptr[-1]), case.num_kv_heads, case.head_dim), torch.bfloat16, device) for _ in range(2))
+    wrapper = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
+    sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
+    plan_with(wrapper, overrides, qo_indptr, kv_indptr, *sizes, causal=True, q_data_type=q.dtype)
+    out = torch.empty_like(q)
+    others = rivals.ragged_attention(q, k, v, qo_indptr, kv_indptr) if with_rivals else {}
+    return Workload({"flashtile": lambda: wrapper.run(q, k, v, out=out)}, others)
 
 
 def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:

@@ -34,6 +34,17 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, 
     return calls
 
 
+def ragged_attention(
+    q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor
+) -> dict[str, Callable[[], object]]:
+    """Rivals for causal batches of any lengths: q [nnz_qo, heads, head_dim], k and v [nnz_kv, ...]."""
+    if not q.is_cuda or fa3() is None:
+        return {}
+    offsets = [x.to(q.device) for x in (qo_indptr, kv_indptr)]
+    longest = [int(x.diff().max()) for x in (qo_indptr, kv_indptr)]
+    return {"fa3_fwd": lambda: fa3().flash_attn_varlen_func(q, k, v, *offsets, *longest, causal=True)}
+
+
 def dense_cache_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> dict[str, Callable[[], object]]:
     """Rivals over caches without pages: q [batch_size, qo_len, heads, head_dim], k and v [batch_size, kv_len, ...]."""
     if not q.is_cuda or fa3() is None:

@@ -133,12 +133,14 @@ def hopper(p: Problem, w: Workload) -> Config:
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0)
-    # the list: all tiles of one KV head one after the other, so that they find it in L2; where tiles differ in length,
-    # longest first within sections of 512 tiles (MHA at 2k tokens: 442 us; 1024 tiles, whose KV is 64 MB, 515)
+    # The list: all tiles of one KV head one after the other, so that they find it in L2. Where tiles differ in length,
+    # longest first in sections whose KV fits there: MHA at 2k tokens takes 442 us with 32 MB a section, 515 with 64 MB.
     uneven = p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len
+    head_bytes = w.max_kv_len * (p.head_dim_qk + p.head_dim_vo) * p.q_dtype.itemsize
+    section = min(512, 2**25 // max(head_bytes, 1) * max(rows // 128, 1))
     return Config(
         "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=group // pack,
-        section_tiles=512 if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
+        section_tiles=max(section, 1) if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
     )  # fmt: skip
 
 

@@ -355,14 +355,15 @@ def attention_kernel(
 def merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merges_ptr, sinks_ptr, stride_on, stride_oh, num_qo_heads,
     ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One CTA per (packed row of a split tile, head group): joins the partial states of the row's KV chunks.
+    """One CTA per (BLOCK_R packed rows of a split tile, head group): joins the partial states of the rows' KV chunks.
 
     ROWS: packed rows of the tallest tile, at most BLOCK_M.
     """
-    merge = merges_ptr + (tl.program_id(1) // ROWS).to(tl.int64) * MERGE
-    r = tl.program_id(1) % ROWS
+    blocks = tl.cdiv(ROWS, BLOCK_R)
+    merge = merges_ptr + (tl.program_id(1) // blocks).to(tl.int64) * MERGE
+    r = tl.program_id(1) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     q_begin = tl.load(merge)
     qo_len = tl.load(merge + 1)
     row = tl.load(merge + 2) + r
@@ -370,32 +371,39 @@ def merge_kernel(
     num_slots = tl.load(merge + 4)
     head_group = tl.program_id(0)
     token = row // PACK
+    head = head_group * PACK + row % PACK
+    valid = (r < ROWS) & (token < qo_len)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m = tl.full([BLOCK_R], NEG_INF, tl.float32)
+    l = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
     if OVERLAP:
         gdc_wait()
-    if token < qo_len:
-        head = head_group * PACK + row % PACK
-        offs_dv = tl.arange(0, BLOCK_DV)
-        m = tl.full([1], NEG_INF, tl.float32)
-        l = tl.zeros([1], tl.float32)
-        acc = tl.zeros([1, BLOCK_DV], tl.float32)
-        for s in range(0, num_slots, BLOCK_S):
-            i = s + tl.arange(0, BLOCK_S)
-            base = ((slot_begin + i) * tl.num_programs(0) + head_group) * BLOCK_M + r
-            lse = tl.load(partial_lse_ptr + base, mask=i < num_slots, other=NEG_INF)
-            out = tl.load(partial_ptr + base[:, None] * D_VO + offs_dv[None, :],
-                          mask=(lse > NEG_INF)[:, None] & (offs_dv < D_VO)[None, :], other=0.0)  # fmt: skip
-            p, m, alpha = softmax_step(lse[None, :], m, True)
-            l = l * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None] + tl.sum(tl.reshape(p, [BLOCK_S])[:, None] * out, 0)[None, :]
-        if SINKS:
-            m, l, alpha = add_sink(m, l, tl.full([1], 0.0, tl.float32) + tl.load(sinks_ptr + head) * LOG2_E)
-            acc *= alpha[:, None]
-        factor, lse = finish(m, l)
-        out = acc * factor[:, None]
-        q_row = (q_begin + token).to(tl.int64)
-        out_row = out_ptr + q_row * stride_on + head.to(tl.int64) * stride_oh
-        tl.store(out_row + offs_dv[None, :], out.to(out_ptr.dtype.element_ty), mask=(offs_dv < D_VO)[None, :])
-        tl.store(lse_ptr + q_row * num_qo_heads + head + tl.arange(0, 1), lse)
+    for s in range(0, num_slots, BLOCK_S):
+        i = s + tl.arange(0, BLOCK_S)
+        base = ((slot_begin + i) * tl.num_programs(0) + head_group)[None, :] * BLOCK_M + r[:, None]
+        some = (i < num_slots)[None, :] & valid[:, None]
+        lse = tl.load(partial_lse_ptr + base, mask=some, other=NEG_INF)
+        out = tl.load(partial_ptr + base[:, :, None] * D_VO + offs_dv[None, None, :],
+                      mask=some[:, :, None] & (offs_dv < D_VO)[None, None, :], other=0.0)  # fmt: skip
+        out = tl.where((lse > NEG_INF)[:, :, None], out, 0.0)
+        p, m, alpha = softmax_step(lse, m, True)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * out, 1)
+    if SINKS:
+        m, l, alpha = add_sink(m, l, tl.load(sinks_ptr + head, mask=valid, other=0.0) * LOG2_E)
+        acc *= alpha[:, None]
+    factor, lse = finish(m, l)
+    out = acc * factor[:, None]
+    q_row = (q_begin + token).to(tl.int64)
+    out_rows = out_ptr + q_row * stride_on + head.to(tl.int64) * stride_oh
+    tl.store(out_rows[:, None] + offs_dv[None, :], out.to(out_ptr.dtype.element_ty),
+             mask=valid[:, None] & (offs_dv < D_VO)[None, :])  # fmt: skip
+    tl.store(lse_ptr + q_row * num_qo_heads + head, lse, mask=valid)
+
+
+MERGE_ELEMENTS = 8192  # fp32 values of partial states that a CTA of the merge reads at once
+MANY_CTAS = 1024  # from here on a CTA takes several rows
 
 
 def launch_merge(
@@ -406,10 +414,14 @@ def launch_merge(
     partial, partial_lse = plan.partials(workspace)
     block_dv = triton.next_power_of_2(p.head_dim_vo)
     rows = min(c.block_m, plan.work.max_qo_len * c.pack)
-    merge_kernel[(p.num_qo_heads // c.pack, plan.num_merges * rows)](
+    groups = p.num_qo_heads // c.pack
+    block_s = min(triton.next_power_of_2(plan.max_slots), max(4, MERGE_ELEMENTS // block_dv))
+    block_r = 1 if groups * plan.num_merges * rows < MANY_CTAS else max(MERGE_ELEMENTS // (block_dv * block_s), 1)
+    block_r = min(block_r, triton.next_power_of_2(rows))
+    merge_kernel[(groups, plan.num_merges * triton.cdiv(rows, block_r))](
         partial, partial_lse, out, lse, plan.merges, sinks if sinks is not None else lse, out.stride(0), out.stride(1),
         p.num_qo_heads, rows, PACK=c.pack, SINKS=sinks is not None, D_VO=p.head_dim_vo, BLOCK_DV=block_dv,
-        BLOCK_M=c.block_m, BLOCK_S=max(4, 8192 // block_dv), OVERLAP=c.overlap, num_warps=4, launch_pdl=c.overlap,
+        BLOCK_M=c.block_m, BLOCK_S=block_s, BLOCK_R=block_r, OVERLAP=c.overlap, num_warps=4, launch_pdl=c.overlap,
     )  # fmt: skip
 
 
@@ -576,8 +588,12 @@ def compile_cases() -> list[CompileCase]:
     merge = dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32")
     merge |= {"out_ptr": "*bf16", "merges_ptr": "*i32"}
     merge |= dict.fromkeys(("stride_on", "stride_oh", "num_qo_heads", "ROWS"), "i32")
-    tile = {"PACK": 4, "SINKS": False, "D_VO": 128, "BLOCK_DV": 128, "BLOCK_M": 16, "BLOCK_S": 64, "OVERLAP": False}
-    return [*found, CompileCase("merge", merge_kernel, merge, tile, aligned=("stride_on", "stride_oh"))]
+    tile = {"PACK": 4, "SINKS": False, "D_VO": 128, "BLOCK_DV": 128, "BLOCK_M": 16, "OVERLAP": False}
+    for block_s, block_r in ((64, 1), (4, 16)):
+        constants = {**tile, "BLOCK_S": block_s, "BLOCK_R": block_r}
+        name = f"merge.{block_r}x{block_s}"
+        found.append(CompileCase(name, merge_kernel, merge, constants, aligned=("stride_on", "stride_oh")))
+    return found
 
 
 def _scales(form: str) -> Scales:

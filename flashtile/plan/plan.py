@@ -9,7 +9,15 @@ from torch import Tensor
 
 from flashtile.config import Config, num_sms
 from flashtile.plan.problem import Problem, Workload
-from flashtile.plan.worklist import ITEM_FIELDS, ITEM_STRIDE, MERGE_STRIDE, Ints, make_worklist, take_turns
+from flashtile.plan.worklist import (
+    ITEM_FIELDS,
+    ITEM_STRIDE,
+    MERGE_FIELDS,
+    MERGE_STRIDE,
+    Ints,
+    make_worklist,
+    take_turns,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Plan:
     turns: Tensor  # [rounds, ctas] int32, of a persistent grid; else empty
     kv_indices: Tensor  # page ids, int32; any int32 tensor if the KV is ragged
     num_slots: int
+    max_slots: int  # of one split tile
     lengths: Lengths
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
     kv_rows_request: int = 0  # a request that reads the last of them
@@ -111,6 +120,7 @@ def make_plan(
         turns=turns_there.view(turns.shape),
         kv_indices=kv_indices,
         num_slots=work.num_slots,
+        max_slots=int(work.merges[:, MERGE_FIELDS.index("num_slots")].max(initial=0)),
         lengths=lengths,
         kv_rows=kv_rows,
         kv_rows_request=kv_rows_request,

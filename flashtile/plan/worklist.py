@@ -228,7 +228,8 @@ def make_worklist(
     r = request[tile]
     columns = [r, qo_indptr[r], qo_len[r], row_begin[tile], kv_base[r], kv_len[r], begin, end, slot, np.zeros_like(r)]
     items = np.stack(columns, axis=1)
-    items = items[np.argsort(begin - end, kind="stable")]
+    steps = -(-(end - begin) // tiling.block_n)  # tiles of as many steps stay together: they may share their KV
+    items = items[np.argsort(-steps, kind="stable")]
     items = _spread_heads(items, tiling)
 
     m = np.flatnonzero(cut)
@@ -250,7 +251,7 @@ def _order_by_section(items: Ints, tiling: Tiling) -> Ints:
     """Entries in sections of about section_tiles tiles, each longest first. All tiles of a request's heads_per_item
     heads are in one section, so that they find their K and V in L2; requests with long tiles come first."""
     request, head = items[:, ITEM_FIELDS.index("request")], items[:, ITEM_FIELDS.index("head_begin")]
-    length = items[:, ITEM_FIELDS.index("kv_end")] - items[:, ITEM_FIELDS.index("kv_begin")]
+    length = -((items[:, ITEM_FIELDS.index("kv_begin")] - items[:, ITEM_FIELDS.index("kv_end")]) // tiling.block_n)
     longest = np.zeros(int(request.max()) + 1, dtype=np.int64)
     np.maximum.at(longest, request, length)
     order = np.lexsort((head, request, -longest[request]))

@@ -5,6 +5,7 @@ that must move (each input read once, each output written once) and the floating
 Sizes that a name leaves out are those of Llama-3-8B: head_dim 128, hidden size 4096, bf16.
 """
 
+import random
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ HIDDEN_SIZE = 4096  # of rmsnorm, and the width of silu_and_mul's output
 ROPE_HEADS = (32, 8)  # query and KV heads of elem/rope; elem/append_kv appends the 8 KV heads
 MLA_DIMS = (512, 64)  # ckv and kpe
 BF16_BYTES = 2
+WINDOW = 1024  # keys, of the variant "window"
+SOFT_CAP = 30.0
 SCALE_BYTES = 4  # of a token and head of an int8 or int4 cache, fp32
 
 
@@ -22,7 +25,8 @@ class AttentionBench:
     """prefill (ragged KV), paged (the same over pages), append (a few tokens onto a cache), decode (one token each).
 
     All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16", "fp8" (e4m3), "int8" or
-    "int4"; the latter two with a scale per token and head.
+    "int4"; the latter two with a scale per token and head. head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30),
+    "window" (the last 1024 keys) or "sinks".
     """
 
     name: str
@@ -36,6 +40,13 @@ class AttentionBench:
     page_size: int = 0
     kv_dtype: str = "bf16"
     head_dim: int = HEAD_DIM
+    head_dim_vo: int = 0
+    variant: str = ""
+
+    @property
+    def dim_vo(self) -> int:
+        """Elements of a row of V."""
+        return self.head_dim_vo or self.head_dim
 
     @property
     def causal(self) -> bool:
@@ -47,7 +58,10 @@ class AttentionBench:
         """Two products per visible (query, key) pair; under a causal mask the last query token sees all keys."""
         hidden = self.qo_len * (self.qo_len - 1) // 2 if self.causal else 0
         pairs = self.qo_len * self.kv_len - hidden
-        return 4 * self.batch_size * self.num_qo_heads * self.head_dim * pairs
+        if self.variant == "window":  # the first WINDOW tokens see a triangle, the others all of their window
+            before = self.kv_len - self.qo_len
+            pairs = sum(min(before + i + 1, WINDOW) for i in range(self.qo_len))
+        return 2 * self.batch_size * self.num_qo_heads * (self.head_dim + self.dim_vo) * pairs
 
     @property
     def bytes(self) -> int:
@@ -55,7 +69,54 @@ class AttentionBench:
         per_row = {"bf16": BF16_BYTES * self.head_dim, "fp8": self.head_dim, "int8": self.head_dim + SCALE_BYTES}
         row = per_row.get(self.kv_dtype, self.head_dim // 2 + SCALE_BYTES)
         kv = 2 * self.batch_size * self.kv_len * self.num_kv_heads * row
-        return kv + 2 * self.batch_size * self.qo_len * self.num_qo_heads * self.head_dim * BF16_BYTES
+        if self.head_dim_vo:  # unequal dims: plain caches only
+            kv = kv * (self.head_dim + self.dim_vo) // (2 * self.head_dim)
+        return kv + self.batch_size * self.qo_len * self.num_qo_heads * (self.head_dim + self.dim_vo) * BF16_BYTES
+
+
+@dataclass(frozen=True)
+class RaggedBench:
+    """Ragged batches. Lengths are log-normal, 1024 tokens on average and 16384 at most.
+
+    kind: "prefill": each request attends to itself; "mixed": every other request has one query token only;
+    "uniform": as many requests of one length, with the work of "prefill".
+    """
+
+    name: str
+    area: str
+    kind: str
+    batch_size: int
+    num_qo_heads: int
+    num_kv_heads: int
+    mask: str
+    head_dim: int = HEAD_DIM
+
+    @property
+    def kv_lens(self) -> tuple[int, ...]:
+        """KV tokens of each request; the same for everybody who asks."""
+        draw = random.Random(0)
+        lens = [min(int(draw.lognormvariate(6.43, 1.0)) + 1, 16384) for _ in range(self.batch_size)]
+        if self.kind == "uniform":
+            return (round((sum(n * n for n in lens) / self.batch_size) ** 0.5),) * self.batch_size
+        return tuple(lens)
+
+    @property
+    def qo_lens(self) -> tuple[int, ...]:
+        """Query tokens of each request: its last ones."""
+        return tuple(1 if self.kind == "mixed" and i % 2 else n for i, n in enumerate(self.kv_lens))
+
+    @property
+    def flops(self) -> int:
+        """Two products per visible pair."""
+        pairs = sum(q * kv - q * (q - 1) // 2 for q, kv in zip(self.qo_lens, self.kv_lens, strict=True))
+        return 4 * self.num_qo_heads * self.head_dim * pairs
+
+    @property
+    def bytes(self) -> int:
+        """q, out, K and V, once each."""
+        return BF16_BYTES * 2 * self.head_dim * (
+            sum(self.kv_lens) * self.num_kv_heads + sum(self.qo_lens) * self.num_qo_heads
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,7 +210,7 @@ class GemmBench:
         return self.groups * (inputs + self.rows * self.d_out * BF16_BYTES)
 
 
-BenchCase = AttentionBench | MlaBench | ElementwiseBench | SamplingBench | GemmBench
+BenchCase = AttentionBench | RaggedBench | MlaBench | ElementwiseBench | SamplingBench | GemmBench
 
 _BATCH, _HEADS, _PAGE = (
     r"b(?P<batch_size>\d+)",
@@ -157,9 +218,12 @@ _BATCH, _HEADS, _PAGE = (
     r"page(?P<page_size>\d+)",
 )
 _SELF = rf"{_BATCH}\.s(?P<kv_len>\d+)\.{_HEADS}\.(?P<mask>causal|full)"
+_DIMS = r"(?:\.d(?P<head_dim>\d+)(?:/(?P<head_dim_vo>\d+))?)?"
+_VARIANT = r"(?:\.(?P<variant>cap|window|sinks))?"
 # area -> the class of its cases and the form of their names; a group is named for the field that it fills
 _FORMS: dict[str, tuple[type[BenchCase], str]] = {
-    "prefill": (AttentionBench, _SELF),
+    "prefill": (AttentionBench, _SELF + _DIMS + _VARIANT),
+    "ragged": (RaggedBench, rf"(?P<kind>prefill|mixed|uniform)\.{_BATCH}\.{_HEADS}\.(?P<mask>causal)"),
     "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}"),
     "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}"),
     "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.(?P<kv_dtype>bf16|fp8|int8|int4)\.{_PAGE}"),
@@ -177,7 +241,7 @@ def parse_case(name: str) -> BenchCase:
     match = re.fullmatch(form, rest)
     if match is None:
         raise ValueError(f"name: expected a case such as decode/b64.kv4096.h32/8.bf16.page16, got {name!r}")
-    fields: dict[str, Any] = {key: int(x) if x.isdecimal() else x for key, x in match.groupdict().items()}
+    fields: dict[str, Any] = {k: int(x) if x.isdecimal() else x for k, x in match.groupdict().items() if x is not None}
     if kind is AttentionBench:
         fields.setdefault("qo_len", 1 if area == "decode" else fields["kv_len"])
         fields.setdefault("mask", "causal" if area == "append" else "full")
@@ -195,6 +259,23 @@ DECODE_NAMES = (
     *(f"decode/b64.kv4096.h32/8.bf16.page{page_size}" for page_size in (3, 64, 256)),
     "decode/b1.kv131072.h32/8.bf16.page16",
 )
+# Prefill with other head dims and variants, ragged batches, and appends:
+PREFILL_NAMES = (
+    *(
+        f"prefill/b{16384 // length}.s{length}.h{heads}.{mask}.d{dims}"
+        for dims, heads in (("64", "32/8"), ("96", "32/8"), ("192/128", "32/32"), ("256", "16/8"))
+        for length in (1024, 4096, 16384)
+        for mask in ("causal", "full")
+    ),
+    *(f"prefill/b4.s4096.h32/8.causal.{variant}" for variant in ("cap", "window", "sinks")),
+    *(f"ragged/{kind}.b64.h32/8.causal" for kind in ("uniform", "prefill", "mixed")),
+)
+APPEND_NAMES = tuple(
+    f"append/b{batch_size}.q{qo_len}.kv{kv_len}.h32/8.page{page_size}"
+    for page_size in (16, 1)
+    for batch_size, kv_len in ((1, 4096), (1, 32768), (8, 4096), (8, 32768), (64, 4096), (64, 32768))
+    for qo_len in (1, 4, 16, 64, 256)
+)
 # Grouped products of experts (square) and of LoRA (down to rank 16 or 64,
 # and up again), and fp8 products.
 GEMM_NAMES = (
@@ -208,3 +289,4 @@ GEMM_NAMES = (
     *(f"gemm/bmm_fp8.g{g}.m{m}.k{k}.n{n}" for g, m, k, n in ((1, 8192, 8192, 8192), (16, 512, 4096, 4096))),
     "gemm/bmm_fp8.g16.m48.k1024.n1024",
 )
+EXTRA_NAMES = (*PREFILL_NAMES, *APPEND_NAMES, *DECODE_NAMES, *GEMM_NAMES)

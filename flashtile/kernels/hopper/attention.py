@@ -18,7 +18,7 @@ from flashtile.kernels import attention as portable
 from flashtile.kernels import softmax
 from flashtile.kernels.attention import launch_merge
 from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier
-from flashtile.kernels.hopper.loader import loader
+from flashtile.kernels.hopper.loader import qk_loader, v_loader
 from flashtile.kernels.hopper.mainloop import consumer
 from flashtile.kernels.hopper.spec import (
     RING,
@@ -89,9 +89,9 @@ def attention_kernel(
         o_bufs = buffers(dtype, C.consumers, ROWS, C.d_vo)
     scratch = gl.to_tensor(0)
     if C.gather:
-        scratch = gl.allocate_shared_memory(gl.int64, [C.block_n], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        scratch = gl.allocate_shared_memory(gl.int64, [2, C.block_n], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = gl.allocate_shared_memory(gl.int32, [RING, WARP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    KV_ARRIVALS: gl.constexpr = 128 if C.gather else 1
+    KV_ARRIVALS: gl.constexpr = 32 * loader_warps(C) if C.gather else 1
     q_full = barriers(C.q_slots, 1)
     q_empty = barriers(C.q_slots, C.consumers)
     k_full = barriers(C.stages, KV_ARRIVALS)
@@ -117,20 +117,22 @@ def attention_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
-                (loader, (smem, bars, q, k, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
             ],
-            [loader_warps(C)],
-            [registers(C)[2]],
+            [loader_warps(C), loader_warps(C)],
+            [registers(C)[2], registers(C)[2]],
         )
     elif C.consumers == 2:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
                 (consumer, (1, smem, bars, outputs, scales, window, C)),
-                (loader, (smem, bars, q, k, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
             ],
-            [4, loader_warps(C)],
-            [registers(C)[1], registers(C)[2]],
+            [4, loader_warps(C), loader_warps(C)],
+            [registers(C)[1], registers(C)[2], registers(C)[2]],
         )
     else:
         gl.warp_specialize(
@@ -138,15 +140,16 @@ def attention_kernel(
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
                 (consumer, (1, smem, bars, outputs, scales, window, C)),
                 (consumer, (2, smem, bars, outputs, scales, window, C)),
-                (loader, (smem, bars, q, k, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
             ],
-            [4, 4, loader_warps(C)],
-            [registers(C)[1], registers(C)[1], registers(C)[2]],
+            [4, 4, loader_warps(C), loader_warps(C)],
+            [registers(C)[1], registers(C)[1], registers(C)[2], registers(C)[2]],
         )
 
 
 SHARED_BYTES = 232_448  # of an SM of compute capability 9.0, for one CTA
-SMALL_BYTES = 2_048  # barriers, the hand-over ring, and what Triton adds
+SMALL_BYTES = 1_024  # barriers, the hand-over ring, and what Triton adds
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,7 @@ def shared_bytes(spec: Spec) -> int:
     q = spec.q_slots * spec.consumers * 64 * spec.d_qk
     kv = spec.stages * spec.block_n * (spec.d_qk + spec.d_vo)
     out = spec.consumers * 64 * spec.d_vo if spec.o_tma else 0
-    return 2 * (q + kv + out) + (8 * spec.block_n if spec.gather else 0)
+    return 2 * (q + kv + out) + (16 * spec.block_n if spec.gather else 0)
 
 
 def fit(spec: Spec) -> Spec:

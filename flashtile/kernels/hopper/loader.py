@@ -1,6 +1,4 @@
-"""The loader: walks the tiles of its CTA and keeps shared memory filled with Q, K and V.
-
-K runs one block ahead of V, across tiles too: that is the order in which the consumers free the stages.
+"""The loaders: they walk the tiles of their CTA and keep shared memory filled, one with Q and K, the other with V.
 
 Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as
 matrices [rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a
@@ -178,7 +176,7 @@ def load_k(it, source, smem, bars, base, head, n, kv_len, pages, table, C: gl.co
     bar = bars[2].index(slot)
     wait_empty(K_EMPTY, it, C)
     if C.gather:
-        gather_block(source, stage(smem[1], slot), smem[5], bar, base, head, n, kv_len, pages, table, C)
+        gather_block(source, stage(smem[1], slot), smem[5].index(0), bar, base, head, n, kv_len, pages, table, C)
     else:
         mbarrier.expect(bar, C.block_n * C.d_qk * 2)
         copy_block(source, smem[1], slot, bar, base, head, n, pages, table, C)
@@ -192,7 +190,7 @@ def load_v(it, tails, source, smem, bars, base, head, n, kv_len, pages, table, C
     tail_full = bars[5].index(0)
     wait_empty(V_EMPTY, it, C)
     if C.gather:
-        gather_block(source, stage(smem[2], slot), smem[5], bar, base, head, n, kv_len, pages, table, C)
+        gather_block(source, stage(smem[2], slot), smem[5].index(1), bar, base, head, n, kv_len, pages, table, C)
     else:
         valid = kv_len - n * C.block_n
         if valid >= C.block_n:
@@ -278,68 +276,79 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
 
 
 @gluon.jit
-def loader(smem, bars, q, k, v, work, table, C: gl.constexpr):
-    """The loader's role; see the module's docstring."""
-    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
-    ring = smem[4]
-    tile_full = bars[4]
+def walk(item, C: gl.constexpr):
+    """Of an entry: its head group (-1: no tile), first entry or token of KV, KV length, first and last KV block."""
+    first, last = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
+    base = tiles.field(item, tiles.KV_BASE)
+    return tiles.field(item, tiles.HEAD), base, tiles.field(item, tiles.KV_LEN), first, last
 
+
+@gluon.jit
+def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
+    """The role that walks the CTA's tiles, hands them over to the consumers, and fetches Q and K."""
+    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     t = tiles.turn(work, 0)
     following = tiles.turn(work, 1)
     item = tiles.with_head(tiles.fetch(work, t, C), t, work)
-    tiles.publish(ring, tile_full, 0, item)
-    count = gl.to_tensor(0)  # tiles handed over, less one
-    it = gl.to_tensor(0)  # blocks of K requested by this CTA, less one
-    tails = gl.to_tensor(0)
-
-    # K's block: of which request, head and position
-    head = tiles.field(item, tiles.HEAD)
-    base = tiles.field(item, tiles.KV_BASE)
-    kv_len = tiles.field(item, tiles.KV_LEN)
-    first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-    kv_head = tiles.divide(head, inverse_groups)
+    tiles.publish(smem[4], bars[4], 0, item)
+    t = following
+    item_next = tiles.fetch(work, t, C)
+    following = tiles.turn(work, 2)
+    head, base, kv_len, first, n = walk(item, C)
     pages = load_pages(table, base, n, kv_len, True, C)
     load_q(0, item, q, smem, bars, C)
-    t = following
-    item = tiles.fetch(work, t, C)
-    following = tiles.turn(work, 2)
-    load_k(0, k, smem, bars, base, kv_head, n, kv_len, pages, table, C)
-    pages_next = load_pages(table, base, n - 1, kv_len, n > first, C)
 
-    more = head >= 0
-    fresh = head >= 0  # V's block is the first one of its tile
-    while more:
-        v_base = base
-        v_head = kv_head
-        v_len = kv_len
-        v_n = n
-        v_pages = pages
-        v_fresh = fresh
-        if v_fresh:
-            item = tiles.with_head(item, t, work)
-            count += 1
-            tiles.publish(ring, tile_full, count, item)
-        q_item = item
-        fresh = n == first
-        if fresh:  # K goes on to the next tile
-            head = tiles.field(item, tiles.HEAD)
-            base = tiles.field(item, tiles.KV_BASE)
-            kv_len = tiles.field(item, tiles.KV_LEN)
-            first, n = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
-            kv_head = tiles.divide(head, inverse_groups)
-            more = head >= 0
-            pages = load_pages(table, base, n, kv_len, more, C)
-            t = following
-            following = tiles.turn(work, count + 2)
-            item = tiles.fetch(work, t, C)
-        else:
-            n -= 1
-            pages = pages_next
-        if more:
-            load_k(it + 1, k, smem, bars, base, kv_head, n, kv_len, pages, table, C)
-        pages_next = load_pages(table, base, n - 1, kv_len, more & (n > first), C)
-        tails = load_v(it, tails, v, smem, bars, v_base, v_head, v_n, v_len, v_pages, table, C)
+    count = gl.to_tensor(0)  # tiles handed over, less one
+    it = gl.to_tensor(0)  # blocks
+    fresh = head >= 0  # the block is the first one of its tile
+    while head >= 0:
+        load_k(it, k, smem, bars, base, tiles.divide(head, inverse_groups), n, kv_len, pages, table, C)
         it += 1
-        # The next tile's Q: early if it has a slot of its own, else when the last S of this tile has freed the only one
-        if (v_fresh if C.q_slots == 2 else fresh) & (tiles.field(q_item, tiles.HEAD) >= 0):
-            load_q(count, q_item, q, smem, bars, C)
+        if fresh:
+            # Q's only slot is free once the last S of the tile before is done, for which this K need not wait
+            if C.q_slots == 1:  # noqa: SIM102 (known to the compiler)
+                if count > 0:
+                    load_q(count, item, q, smem, bars, C)
+            item = tiles.with_head(item_next, t, work)
+            count += 1
+            tiles.publish(smem[4], bars[4], count, item)
+            if C.q_slots == 2:  # noqa: SIM102
+                if tiles.field(item, tiles.HEAD) >= 0:
+                    load_q(count, item, q, smem, bars, C)
+            t = following
+            item_next = tiles.fetch(work, t, C)
+            following = tiles.turn(work, count + 2)
+        fresh = n == first
+        n -= 1
+        if fresh:
+            head, base, kv_len, first, n = walk(item, C)
+        pages = load_pages(table, base, n, kv_len, head >= 0, C)
+
+
+@gluon.jit
+def v_loader(smem, bars, v, work, table, C: gl.constexpr):
+    """The role that fetches V, for the same tiles in the same order."""
+    items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
+    t = tiles.turn(work, 0)
+    following = tiles.turn(work, 1)
+    head, base, kv_len, first, n = walk(tiles.with_head(tiles.fetch(work, t, C), t, work), C)
+    t = following
+    item_next = tiles.fetch(work, t, C)
+    following = tiles.turn(work, 2)
+    pages = load_pages(table, base, n, kv_len, True, C)
+
+    count = gl.to_tensor(0)
+    it = gl.to_tensor(0)
+    tails = gl.to_tensor(0)
+    while head >= 0:
+        tails = load_v(it, tails, v, smem, bars, base, tiles.divide(head, inverse_groups), n, kv_len, pages, table, C)
+        it += 1
+        fresh = n == first
+        n -= 1
+        if fresh:
+            count += 1
+            head, base, kv_len, first, n = walk(tiles.with_head(item_next, t, work), C)
+            t = following
+            item_next = tiles.fetch(work, t, C)
+            following = tiles.turn(work, count + 2)
+        pages = load_pages(table, base, n, kv_len, head >= 0, C)

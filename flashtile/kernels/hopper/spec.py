@@ -3,16 +3,16 @@ barriers.
 
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
-  loader                 1 warp that issues TMA copies, or 4 warps that gather 16 bytes per thread
+  qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 warps that gather 16 bytes per thread
 Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
 
 Barriers (mbarriers unless said otherwise):
-  q_full[slot]             loader (bytes landed)             -> consumers
-  q_empty[slot]            one arrival per consumer           -> loader, after the last S of the tile
-  k_full, v_full[stage]    loader (bytes landed)             -> consumers
-  tail_full                TMA bytes of a V block that ends beyond its request, landed -> loader, which clears its tail
-  tile_full[4]             loader published the next tile     -> consumers
-  K_EMPTY, V_EMPTY + stage named barriers: all consumer threads arrive, the loader's threads wait
+  q_full[slot]             qk_loader (bytes landed)          -> consumers
+  q_empty[slot]            one arrival per consumer           -> qk_loader, after the last S of the tile
+  k_full, v_full[stage]    loaders (bytes landed)            -> consumers
+  tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears its tail
+  tile_full[4]             qk_loader published the next tile  -> consumers
+  K_EMPTY, V_EMPTY + stage named barriers: all consumer threads arrive, the threads of the one loader wait
   TURN + w                 named barriers (ping-pong): consumer w waits before it issues its products, consumer w - 1
                            arrives after issuing its own. So the tensor cores see S0 PV0 S1 PV1 ..., and the softmax of
                            one consumer runs under the products of the other.
@@ -65,14 +65,14 @@ class Spec:
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
 @gluon.constexpr_function
 def loader_warps(spec):
-    """Warps of the loader."""
-    return 4 if spec.gather else 1
+    """Warps of a loader."""
+    return 2 if spec.gather else 1
 
 
 @gluon.constexpr_function
 def threads(spec):
-    """Threads that meet at an EMPTY barrier: those of all consumers and of the loader."""
-    return 128 * spec.consumers + (128 if spec.gather else 32)
+    """Threads that meet at an EMPTY barrier: those of all consumers and of one loader."""
+    return 128 * spec.consumers + (64 if spec.gather else 32)
 
 
 @gluon.constexpr_function
@@ -89,14 +89,14 @@ def half_first(spec):
 
 @gluon.constexpr_function
 def registers(spec):
-    """Registers per thread: of the launch, of a consumer, of the loader. Warp groups share the launch's out anew."""
+    """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
         return 168, 232, 104
     if spec.consumers == 3:
         return 128, 160, 32
-    if spec.gather or spec.packed:  # the loader's copies of single rows need registers
+    if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
         return 168, 224, 56
-    return 168, 232, 40  # 240 and 24 spill in the loader of causal tiles that are not aligned
+    return 168, 232, 40  # 240 and 24 spill in the loaders of causal tiles that are not aligned
 
 
 @gluon.constexpr_function
