@@ -19,7 +19,7 @@ import torch
 from benchmarks import attention, elem, gemm, report, sample
 from benchmarks.report import Row
 from benchmarks.workload import NotAvailable, Overrides, Workload
-from flashtile.config import Config
+from flashtile.config import Config, SamplingConfig
 from flashtile.testing.cases_bench import GEMM_NAMES, BenchCase, parse_case
 from flashtile.testing.timing import Ceilings, default_device, measure_ceilings, time_interleaved
 
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     device = torch.device(options.device) if options.device else default_device()
     overrides = parse_config(options.config)
-    if unknown := set(overrides) - {field.name for field in fields(Config)}:
-        parser().error(f"--config: unknown field {', '.join(sorted(unknown))} of flashtile.config.Config")
+    if unknown := set(overrides) - {field.name for kind in (Config, SamplingConfig) for field in fields(kind)}:
+        parser().error(f"--config: unknown field {', '.join(sorted(unknown))} of Config and SamplingConfig")
     rows, failures = run(cases, device, overrides, options)
     return finish(rows, failures, options, device)
 
@@ -66,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     p.add_argument("--device", help="cuda, cuda:1, cpu; default: CUDA if there is one")
     p.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too")
-    p.add_argument("--config", metavar="FIELD=N,...", default="", help="force fields of attention's Config")
+    p.add_argument(
+        "--config", metavar="FIELD=N,...", default="", help="force fields of Config (attention) or SamplingConfig"
+    )
     p.add_argument("--budget-ms", type=float, default=200.0, help="time for each call, milliseconds")
     p.add_argument("--out", type=Path, metavar="FILE", help="append the rows to a JSONL file")
     p.add_argument("--baseline", type=Path, metavar="FILE", help="default: benchmarks/baseline_<device>.jsonl")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flashtile import sampling, topk
+from flashtile.config import SamplingConfig
 from flashtile.kernels.cpu import sampling as cpu
 from flashtile.reference import sampling as reference
 from flashtile.testing import cases_sampling as cases
@@ -300,6 +301,19 @@ HALF = torch.tensor([0.5, 0.5])
 def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk": 3000}, "chunk: expected a power of two from 128, got 3000"),
+        ({"sample": 64}, "sample: expected a power of two from 128, got 64"),
+        ({"slots": 4096}, "slots: expected a multiple of 4 from 8 to chunk = 2048, got 4096"),
+    ],
+)
+def test_config_errors(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**change)
 
 
 # Ops
