@@ -7,7 +7,9 @@ the rounding of sums at a boundary), and a filtered draw is the draw from the fi
 Where numbers come from: see flashtile/randomness.py. `deterministic=False` permits results that differ between runs; no
 kernel here makes use of it."""
 
+import math
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ _chain_speculative = library.launcher(
 )
 
 _FILTER_ORDERS = ("top_k_first", "joint")
+_LARGEST = torch.finfo(torch.float32).max
 Samples = Any  # ids; with return_valid, (ids, valid)
 
 
@@ -249,9 +252,9 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
     """
     _check_rows("logits", logits)
     tensor, value = _parameter("temperature", 1.0 if temperature is None else temperature, len(logits), logits.device)
-    if not (value > 0 if tensor is None else _all(tensor > 0)):
+    if not (0 < value < torch.inf if tensor is None else _all(tensor, lambda x: (x > 0) & x.isfinite())):
         raise ValueError(
-            f"temperature: expected numbers above 0, got {temperature}; for greedy decoding take the argmax"
+            f"temperature: expected finite numbers above 0, got {temperature}; for greedy decoding take the argmax"
         )
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     _softmax(out, logits, tensor, value, enable_pdl)
@@ -447,7 +450,7 @@ def _share(
 ) -> tuple[Tensor | None, float]:
     """A share of probability in 0..1, as (tensor, off) or (None, value)."""
     tensor, value = _parameter(name, off if x is None else x, batch_size, device)
-    if not (0 <= value <= 1 if tensor is None else _all((tensor >= 0) & (tensor <= 1))):
+    if not (0 <= value <= 1 if tensor is None else _all(tensor, lambda x: (x >= 0) & (x <= 1))):
         raise ValueError(f"{name}: expected numbers from 0 to 1, got {x}")
     return tensor, value if tensor is None else off
 
@@ -459,12 +462,14 @@ def _parameter(name: str, x: Tensor | float, batch_size: int, device: torch.devi
         return _per_row(name, x, batch_size, device).float(), 0.0
     if not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(x).__name__}")
+    if math.isfinite(x):
+        x = min(max(x, -_LARGEST), _LARGEST)
     return None, struct.unpack("f", struct.pack("f", x))[0]
 
 
-def _all(condition: Tensor) -> bool:
-    """Whether all values hold; taken for granted on CUDA (no sync), and while torch.compile traces."""
-    return torch.compiler.is_compiling() or condition.is_cuda or bool(condition.all())
+def _all(x: Tensor, condition: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a condition holds for all values; taken for granted where they are not read."""
+    return not checks.reads_values(x) or bool(condition(x).all())
 
 
 def _per_row(name: str, x: Tensor, batch_size: int, device: torch.device) -> Tensor:

@@ -264,7 +264,10 @@ HALF = torch.tensor([0.5, 0.5])
             ValueError,
             "filter_apply_order: expected 'top_k_first' or 'joint', got 'top_p_first'",
         ),
-        (lambda: sampling.softmax(PROBS, 0.0), ValueError, "temperature: expected numbers above 0"),
+        (lambda: sampling.softmax(PROBS, 0.0), ValueError, "temperature: expected finite numbers above 0"),
+        (lambda: sampling.softmax(PROBS, float("inf")), ValueError, "temperature: expected finite numbers above 0"),
+        (lambda: sampling.softmax(PROBS, -HALF), ValueError, "temperature: expected finite numbers above 0"),
+        (lambda: sampling.top_p_sampling_from_probs(PROBS, 1e300), ValueError, "top_p: expected numbers from 0 to 1"),
         (lambda: sampling.sampling_from_probs(PROBS, offset=3), ValueError, "offset: got one without seed"),
         (
             lambda: sampling.sampling_from_probs(PROBS, seed=3, generator=torch.Generator()),
