@@ -261,13 +261,13 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
     return out
 
 
-def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = True) -> Tensor:
+def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:
     """The probabilities that `top_p_sampling_from_probs` draws from: zero where it removes a token, then normalised.
 
     Args:
         probs: [batch_size, vocab_size], fp16, bf16 or fp32.
         top_p: in 0..1; a number or [batch_size]. 1 keeps all tokens.
-        is_deterministic: as `deterministic` of the samplers.
+        is_deterministic: equal inputs give equal results; always so here.
 
     Returns:
         [batch_size, vocab_size], fp32. A row that is no distribution gives NaN.

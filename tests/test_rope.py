@@ -115,6 +115,7 @@ def test_ragged_errors() -> None:
         ({"k_rope": torch.ones(3, 4)}, r"k_rope: expected shape \[3, num_kv_heads, 8\], got \[3, 1, 4\]"),
         ({"q_nope": torch.ones(3, 1, 8)}, r"q_nope: expected shape \[3, 2, nope_dim\], got \[3, 1, 8\]"),
         ({"k_nope": torch.ones(3, 8).half()}, "k_nope: expected the dtype of q_rope"),
+        ({"backend": "cute-dsl"}, "backend: expected one of cuda, cutile, got 'cute-dsl'"),
         ({"quantize_dtype": torch.float16}, "quantize_dtype: expected torch.float8_e4m3fn or torch.float8_e5m2, got"),
         ({"q_rope_out": torch.ones(3, 2, 8).to(torch.float8_e5m2)}, "q_rope_out: expected dtype float8_e4m3fn, got"),
         ({"cos_sin_cache": torch.ones(4, 4)}, r"cos_sin_cache: expected shape \[max_position, 8\], got \[4, 4\]"),
@@ -127,6 +128,16 @@ def test_quantize_errors(change: dict[str, object], message: str) -> None:
     args |= {"quantize_dtype": torch.float8_e4m3fn} | change
     with pytest.raises(ValueError, match=message):
         rope.rope_quantize_fp8(**args)  # type: ignore[arg-type]
+
+
+def test_append_of_latents_needs_a_tuple_of_caches() -> None:
+    parts = torch.ones(2, 2, 8), torch.ones(2, 8), torch.ones(2, 2, 4), torch.ones(2, 4)
+    index, cache = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 16, 8).to(torch.float8_e4m3fn)
+    for wrong in ([cache, cache], torch.stack([cache, cache])):
+        with pytest.raises(KeyError, match=r"Unrecognized paged_kv_cache type \w+: expected a tuple \(ckv, kpe\)"):
+            rope.rope_quantize_fp8_append_paged_kv_cache(
+                *parts, None, torch.ones(4, 8), index, wrong, index, torch.tensor([0, 1]), index, torch.arange(2)
+            )
 
 
 @pytest.mark.parametrize(

@@ -330,12 +330,14 @@ def check_top_k_windows(device: str, row_len: int = 2500) -> None:
     scores = randn(5, row_len, seed=6).half()
     starts, lengths = torch.tensor([0, 10, 2400, 3, 0]), torch.tensor([row_len, 1000, 50, 0, 7])
     k, page_size = 64, 16
+    raw, out = (torch.full((5, k), 99, dtype=torch.int32, device=device) for _ in range(2))
     table = torch.randperm(3 * 200, generator=torch.Generator().manual_seed(0)).reshape(3, 200).int()
     rows = torch.tensor([0, 1, 2, 0, 1])
     pages = topk.top_k_page_table_transform(
         scores.to(device), table.to(device), lengths.to(device), k,
-        row_to_batch=rows.to(device), row_starts=starts.to(device), page_size=page_size,
+        row_to_batch=rows.to(device), row_starts=starts.to(device), page_size=page_size, out=out, out_raw_indices=raw,
     )  # fmt: skip
+    assert pages is out
     shift = torch.tensor([0, 5, 100, 7, 9])
     ragged = topk.top_k_ragged_transform(
         scores.to(device), shift.to(device), lengths.to(device), k, row_starts=starts.to(device)
@@ -345,6 +347,7 @@ def check_top_k_windows(device: str, row_len: int = 2500) -> None:
         window = scores[i, starts[i] : starts[i] + lengths[i]].float()
         ids = sorted(reference.top_k(window, k))
         pad = [-1] * (k - len(ids))
+        assert raw[i].tolist() == ids + pad
         assert ragged[i].tolist() == [j + int(shift[i]) for j in ids] + pad
         tokens = [j + int(starts[i]) for j in ids]
         assert (
