@@ -7,8 +7,6 @@ the rounding of sums at a boundary), and a filtered draw is the draw from the fi
 Where numbers come from: see flashtile/randomness.py. `deterministic=False` permits results that differ between runs; no
 kernel here makes use of it."""
 
-import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -252,7 +250,7 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
     """
     _check_rows("logits", logits)
     tensor, value = _parameter("temperature", 1.0 if temperature is None else temperature, len(logits), logits.device)
-    if not (0 < value < torch.inf if tensor is None else _all(tensor, lambda x: (x > 0) & x.isfinite())):
+    if not (0 < value <= _LARGEST if tensor is None else _all(tensor, lambda x: (x > 0) & x.isfinite())):
         raise ValueError(
             f"temperature: expected finite numbers above 0, got {temperature}; for greedy decoding take the argmax"
         )
@@ -456,15 +454,13 @@ def _share(
 
 
 def _parameter(name: str, x: Tensor | float, batch_size: int, device: torch.device) -> tuple[Tensor | None, float]:
-    """(tensor of fp32, 0) or (None, value rounded to fp32, so that both forms give the same results)."""
+    """(tensor of fp32, 0) or (None, value), which all kernels round to fp32: both forms give the same results."""
     if isinstance(x, Tensor):
         checks.check_dtype(name, x, (*checks.FLOAT_DTYPES, torch.float64))
         return _per_row(name, x, batch_size, device).float(), 0.0
     if not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(x).__name__}")
-    if math.isfinite(x):
-        x = min(max(x, -_LARGEST), _LARGEST)
-    return None, struct.unpack("f", struct.pack("f", x))[0]
+    return None, x
 
 
 def _all(x: Tensor, condition: Callable[[Tensor], Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""Rotary embeddings on the CPU: against the oracle, laws, ops, errors."""
+"""Rotary embeddings on the CPU: against the oracle, laws, graphs, errors."""
 
 import pytest
 import torch
@@ -40,28 +40,6 @@ def test_quantize_append(case: cases.QuantizeCase, kv_layout: str) -> None:
 
 def test_position_zero_changes_nothing() -> None:
     cases.check_position_zero_changes_nothing("cpu")
-
-
-def test_ops() -> None:
-    q, k, pos_ids, cache = torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.arange(3), torch.randn(4, 8)
-    outputs = torch.empty(3, 2, 8), torch.empty(3, 1, 8)
-    by_frequency = (pos_ids, 8, 1.0, 1e4, None, False)
-    torch.library.opcheck(torch.ops.flashtile.rope.default, (*outputs, q, k, *by_frequency))
-    torch.library.opcheck(torch.ops.flashtile.rope_inplace.default, (q, k, *by_frequency))
-    torch.library.opcheck(torch.ops.flashtile.rope_cached.default, (*outputs, q, k, pos_ids, cache, True))
-    torch.library.opcheck(torch.ops.flashtile.rope_cached_inplace.default, (q, k, pos_ids, cache, True))
-
-
-def test_quantize_ops() -> None:
-    shapes = ((2, 8), (2, 4), (1, 8), (1, 4))
-    inputs = [torch.randn(3, *shape) for shape in shapes]
-    outs = [torch.empty(3, *shape) for shape in shapes]  # not fp8, which opcheck cannot compare
-    how = (torch.arange(3), torch.randn(4, 8), True, 1.0, 1.0, False)
-    torch.library.opcheck(torch.ops.flashtile.rope_quantize.default, (*outs, *inputs, *how))
-    caches = [torch.zeros(2, 2, 1, dim) for dim in (8, 4, 8)]
-    indices = (torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([1, 0]), torch.tensor([0, 2]))
-    args = (*outs[:2], *caches, *inputs, torch.randn(3, 1, 8), *how, *indices)
-    torch.library.opcheck(torch.ops.flashtile.rope_quantize_append.default, args)
 
 
 def test_compiles_as_one_graph() -> None:

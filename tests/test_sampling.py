@@ -1,4 +1,4 @@
-"""Sampling on the CPU: against the definition, distributions, randomness, ops, errors."""
+"""Sampling on the CPU: against the definition, distributions, randomness, graphs, errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -319,25 +319,7 @@ def test_config_errors(change: dict[str, Any], message: str) -> None:
         SamplingConfig(**change)
 
 
-# Ops
-
-
-def test_ops() -> None:
-    ops, probs, ids = torch.ops.flashtile, torch.softmax(torch.randn(3, 40), -1), torch.zeros(3, dtype=torch.int32)
-    state, top_k, out = (torch.tensor([5]), 0, None, 0), torch.tensor([1, 2, 3], dtype=torch.int32), torch.empty(3, 40)
-    opcheck = torch.library.opcheck
-    filters = (top_k, 0, None, 0.9, None, 0.0, False)
-    opcheck(ops.sample_from_probs.default, (ids, ids.bool(), probs, None, *filters, *state))
-    opcheck(ops.sample_from_logits.default, (ids, ids.bool(), probs, ids.clone(), *state))
-    opcheck(ops.softmax.default, (out, probs, None, 0.5, None))
-    opcheck(ops.renorm_probs.default, (out, probs, top_k, 0, None, 1.0))
-    opcheck(ops.mask_logits.default, (out, probs, None, 3))
-    opcheck(ops.top_k.default, (torch.empty(3, 5, dtype=torch.int32), probs, None, top_k, True))
-    draft, tokens, target = cases.ChainCase(2, 40, 0.5, batch_size=3).chains()
-    counters = [torch.zeros(3, dtype=torch.int32) for _ in range(2)]
-    opcheck(
-        ops.chain_speculative.default, (torch.empty(3, 3, dtype=torch.int32), *counters, draft, tokens, target, *state)
-    )
+# Graphs
 
 
 def test_compiles_as_one_graph() -> None:
