@@ -29,32 +29,16 @@ def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: Samplin
 @pytest.mark.parametrize("case", cases.DISTRIBUTION_CASES, ids=str)
 def test_distribution(case: SamplingCase) -> None:
     cases.check_distribution(case, 10**6, "cpu")
+    cases.check_distribution(case, 10**4, "cpu", shared=False)
 
 
-@pytest.mark.parametrize("draw", [sampling.sampling_from_logits, sampling.top_k_top_p_sampling_from_logits])
-def test_distribution_of_logits(draw: Callable[..., Any]) -> None:
-    logits = torch.linspace(-3, 3, 50)[None].masked_fill(torch.arange(50) % 7 == 0, -torch.inf)
-    filters = () if draw is sampling.sampling_from_logits else (30, 0.9)
-    ids = draw(logits, *filters, indices=torch.zeros(10**6, dtype=torch.int32), seed=3)
-    probs = torch.softmax(logits[0].double(), -1)
-    if filters:
-        probs = reference.filtered(probs, *filters)
-    assert cases.chi_square(ids.bincount(minlength=50), probs) < 4
+@pytest.mark.parametrize("order", [None, "top_k_first", "joint"])
+def test_distribution_of_logits(order: str | None) -> None:
+    cases.check_distribution_of_logits(order, 10**6, "cpu")
 
 
 def test_distribution_of_speculative_sampling() -> None:
-    """The first token of a chain is distributed as the target says, whatever was proposed."""
-    count, vocab_size = 200_000, 12
-    draft, target = (
-        torch.softmax(torch.randn(vocab_size, generator=torch.Generator().manual_seed(s)), -1) for s in (0, 1)
-    )
-    tokens = sampling.sampling_from_probs(draft[None], torch.zeros(count, dtype=torch.int64), seed=5)[:, None]
-    ids, _, _ = sampling.chain_speculative_sampling(
-        draft.expand(count, 1, vocab_size), tokens, target.expand(count, 2, vocab_size), seed=6
-    )
-    assert cases.chi_square(ids[:, 0].bincount(minlength=vocab_size), target) < 4
-    bonus = ids[:, 1][ids[:, 1] >= 0]
-    assert cases.chi_square(bonus.bincount(minlength=vocab_size), target) < 4
+    cases.check_distribution_of_chains(2 * 10**5, "cpu")
 
 
 def test_chi_square_finds_a_wrong_distribution() -> None:

@@ -156,6 +156,24 @@ def check_one_compilation(name: str, device: str) -> None:
     assert len(graphs) == 1, f"{name}: compiled {len(graphs)} times for {len(LENGTHS)} lengths"
 
 
+def check_no_sync_and_captured(name: str) -> None:
+    """On CUDA: a call waits for nothing, and a captured one does what the eager one does."""
+    call, inputs = compiled_calls("cuda")[name]
+    call(*inputs(64))  # compiles the kernels
+    args, again = inputs(64), inputs(64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        want = call(*again)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(*args)
+    graph.replay()
+    for got, expected in zip(_bits((result, args)), _bits((want, again)), strict=True):
+        assert torch.equal(got, expected), f"{name}: other results from a graph than eager"
+
+
 def _bits(x: Any) -> list[Tensor]:
     """All tensors in nested tuples, as bytes."""
     if isinstance(x, Tensor):

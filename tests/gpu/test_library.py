@@ -13,3 +13,8 @@ def test_op(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(cases.compiled_calls("cpu")))
 def test_one_compilation_for_all_lengths(name: str) -> None:
     cases.check_one_compilation(name, "cuda")
+
+
+@pytest.mark.parametrize("name", sorted(cases.compiled_calls("cpu")))
+def test_no_sync_and_captured(name: str) -> None:
+    cases.check_no_sync_and_captured(name)

@@ -21,6 +21,7 @@ def test_sampler(case: SamplingCase) -> None:
 
 def test_distribution() -> None:
     cases.check_distribution(SamplingCase("steep", 30, batch_size=1), 200, "cpu")
+    cases.check_distribution(SamplingCase("steep", 30, {"top_p": 0.9}, batch_size=1), 100, "cpu", shared=False)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.RENORM_CASES if c.rows != "few" or "top_k" in c.filters], ids=str)
