@@ -184,7 +184,7 @@ def _bits(x: Any) -> list[Tensor]:
 def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[[int], Args]]]:
     """Name -> a call of public functions, and its arguments for n tokens (or rows)."""
     weight, table, pages = randn(64, device=device), randn(1000, 64, device=device), 1000
-    seed, f = torch.tensor([7], device=device), flashtile
+    seed = torch.tensor([7], device=device)
     rows = partial(randn, device=device)
 
     def ints(*values: int) -> Tensor:
@@ -202,7 +202,7 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
     def slots(n: int) -> Args:
         return torch.zeros(n, dtype=torch.int32, device=device), positions(n)
 
-    wrapper = f.SegmentGEMMWrapper(weight)
+    wrapper = flashtile.SegmentGEMMWrapper(weight)
     pipe = logits_processor.LogitsPipe(
         [logits_processor.Temperature(), logits_processor.Softmax(), logits_processor.TopP(), logits_processor.Sample()]
     )
@@ -223,47 +223,47 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
         "LogitsPipe": lambda p: pipe(p, temperature=0.7, top_p=0.9, seed=seed),
     }
     return {
-        "rmsnorm": (lambda x: f.rmsnorm(x, weight), lambda n: (rows(n, 64),)),
-        "gemma_rmsnorm": (lambda x: f.gemma_rmsnorm(x, weight), lambda n: (rows(n, 64),)),
+        "rmsnorm": (lambda x: flashtile.rmsnorm(x, weight), lambda n: (rows(n, 64),)),
+        "gemma_rmsnorm": (lambda x: flashtile.gemma_rmsnorm(x, weight), lambda n: (rows(n, 64),)),
         "fused_add_rmsnorm": (
-            lambda x, residual: f.fused_add_rmsnorm(x, residual, weight),
+            lambda x, residual: flashtile.fused_add_rmsnorm(x, residual, weight),
             lambda n: (rows(n, 64), rows(n, 64, seed=1)),
         ),
         "gemma_fused_add_rmsnorm": (
-            lambda x, residual: f.gemma_fused_add_rmsnorm(x, residual, weight),
+            lambda x, residual: flashtile.gemma_fused_add_rmsnorm(x, residual, weight),
             lambda n: (rows(n, 64), rows(n, 64, seed=1)),
         ),
         "rmsnorm_quant": (
-            lambda out, x: f.rmsnorm_quant(out, x, weight, 0.5),
+            lambda out, x: flashtile.rmsnorm_quant(out, x, weight, 0.5),
             lambda n: (rows(n, 64).to(FP8), rows(n, 64)),
         ),
         "fused_add_rmsnorm_quant": (
-            lambda out, x, residual: f.fused_add_rmsnorm_quant(out, x, residual, weight, 0.5),
+            lambda out, x, residual: flashtile.fused_add_rmsnorm_quant(out, x, residual, weight, 0.5),
             lambda n: (rows(n, 64).to(FP8), rows(n, 64), rows(n, 64, seed=1)),
         ),
-        "layernorm": (lambda x: f.layernorm(x, weight, weight), lambda n: (rows(n, 64),)),
+        "layernorm": (lambda x: flashtile.layernorm(x, weight, weight), lambda n: (rows(n, 64),)),
         "layernorm_quant": (
-            lambda out, x: f.layernorm_quant(out, x, weight, weight, 0.5),
+            lambda out, x: flashtile.layernorm_quant(out, x, weight, weight, 0.5),
             lambda n: (rows(n, 64).to(FP8), rows(n, 64)),
         ),
-        "fused_rmsnorm_silu": (lambda x: f.fused_rmsnorm_silu(x, weight), lambda n: (rows(n, 64),)),
-        "silu_and_mul": (f.silu_and_mul, lambda n: (rows(n, 64),)),
-        "gelu_and_mul": (f.gelu_and_mul, lambda n: (rows(n, 64),)),
+        "fused_rmsnorm_silu": (lambda x: flashtile.fused_rmsnorm_silu(x, weight), lambda n: (rows(n, 64),)),
+        "silu_and_mul": (flashtile.silu_and_mul, lambda n: (rows(n, 64),)),
+        "gelu_and_mul": (flashtile.gelu_and_mul, lambda n: (rows(n, 64),)),
         "gelu_tanh_and_mul": (
-            lambda x, out: f.gelu_tanh_and_mul(x, out, scale=0.5),
+            lambda x, out: flashtile.gelu_tanh_and_mul(x, out, scale=0.5),
             lambda n: (rows(n, 64), rows(n, 32).to(FP8)),
         ),
         "apply_rope": (
-            lambda q, k, lens, offsets: f.apply_rope(q, k, lens, offsets),
+            lambda q, k, lens, offsets: flashtile.apply_rope(q, k, lens, offsets),
             lambda n: (*qk(n), ints(0, n), ints(5)),
         ),
-        "apply_rope_pos_ids": (f.apply_rope_pos_ids, lambda n: (*qk(n), positions(n))),
+        "apply_rope_pos_ids": (flashtile.apply_rope_pos_ids, lambda n: (*qk(n), positions(n))),
         "apply_llama31_rope_pos_ids_inplace": (
-            f.apply_llama31_rope_pos_ids_inplace,
+            flashtile.apply_llama31_rope_pos_ids_inplace,
             lambda n: (*qk(n), positions(n)),
         ),
         "apply_rope_with_cos_sin_cache": (
-            lambda p, q, k: f.apply_rope_with_cos_sin_cache(p, q, k, 64, table),
+            lambda p, q, k: flashtile.apply_rope_with_cos_sin_cache(p, q, k, 64, table),
             lambda n: (positions(n), *qk(n)),
         ),
         "rope_quantize_fp8": (
@@ -277,11 +277,11 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
             lambda n: (*qk(n), positions(n), slots(n)[0], *(torch.zeros(pages, 1, 2, 64, device=device).to(FP8),) * 2),
         ),
         "append_paged_kv_cache": (
-            lambda k, i, p, cache: f.append_paged_kv_cache(k, k, i, p, cache, page_list, indptr, one),
+            lambda k, i, p, cache: flashtile.append_paged_kv_cache(k, k, i, p, cache, page_list, indptr, one),
             lambda n: (rows(n, 2, 64), *slots(n), torch.zeros(pages, 2, 1, 2, 64, device=device)),
         ),
         "append_paged_mla_kv_cache": (
-            lambda ckv, kpe, i, p, cache, rest: f.append_paged_mla_kv_cache(
+            lambda ckv, kpe, i, p, cache, rest: flashtile.append_paged_mla_kv_cache(
                 ckv, kpe, i, p, cache, rest, page_list, indptr, one
             ),
             lambda n: (
@@ -289,10 +289,14 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
             ),
         ),
         "get_batch_indices_positions": (
-            lambda lens, x: f.get_batch_indices_positions(lens, f.get_seq_lens(lens, one, 4), x.shape[0]),
-            lambda n: (ints(0, n), rows(n)),
+            flashtile.get_batch_indices_positions,
+            lambda n: (ints(0, n), ints(n + 5), n),
         ),
-        "packbits": (f.packbits, lambda n: (rows(n) > 0,)),
+        "get_seq_lens": (
+            lambda x, last: flashtile.get_seq_lens(x, last, 4),
+            lambda n: (torch.arange(n + 1, device=device), positions(n)),
+        ),
+        "packbits": (flashtile.packbits, lambda n: (rows(n) > 0,)),
         "chain_speculative_sampling": (
             lambda draft, tokens, target: sampling.chain_speculative_sampling(draft, tokens, target, seed=seed),
             lambda n: (
@@ -304,7 +308,7 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
             lambda n: (rows(n, 64), rows(2, 48, 64, seed=1), ints(n // 2, n - n // 2)),
         ),
         "bmm_fp8": (
-            lambda a, b: f.bmm_fp8(a, b, 0.5, 2.0, torch.bfloat16),
+            lambda a, b: flashtile.bmm_fp8(a, b, 0.5, 2.0, torch.bfloat16),
             lambda n: (rows(2, n, 64).to(FP8), rows(2, 48, 64, seed=1).to(FP8).transpose(1, 2)),
         ),
         "gemm_persistent": (
@@ -312,9 +316,9 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
             lambda n: (rows(n, 64), rows(64, 48, seed=1)),
         ),
         "merge_state": (
-            f.merge_state,
+            flashtile.merge_state,
             lambda n: (rows(n, 2, 64), rows(n, 2), rows(n, 2, 64, seed=1), rows(n, 2, seed=1)),
         ),
-        "merge_states": (f.merge_states, lambda n: (rows(n, 3, 2, 64), rows(n, 3, 2))),
+        "merge_states": (flashtile.merge_states, lambda n: (rows(n, 3, 2, 64), rows(n, 3, 2))),
         **{name: (call, lambda n: (probs(n),)) for name, call in samplers.items()},
     }  # fmt: skip
