@@ -202,6 +202,9 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
     def slots(n: int) -> Args:
         return torch.zeros(n, dtype=torch.int32, device=device), positions(n)
 
+    def cache(*row: int) -> Tensor:
+        return torch.zeros(pages, 1, *row, device=device)
+
     wrapper = flashtile.SegmentGEMMWrapper(weight)
     pipe = logits_processor.LogitsPipe(
         [logits_processor.Temperature(), logits_processor.Softmax(), logits_processor.TopP(), logits_processor.Sample()]
@@ -274,18 +277,18 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
             lambda q, k, p, i, k_cache, v_cache: rope.rope_quantize_fp8_append_paged_kv_cache(
                 q, k, None, None, k, table, p, (k_cache, v_cache), page_list, indptr, i, p, page_size=1
             ),
-            lambda n: (*qk(n), positions(n), slots(n)[0], *(torch.zeros(pages, 1, 2, 64, device=device).to(FP8),) * 2),
+            lambda n: (*qk(n), positions(n), slots(n)[0], *(cache(2, 64).to(FP8) for _ in range(2))),
         ),
         "append_paged_kv_cache": (
             lambda k, i, p, cache: flashtile.append_paged_kv_cache(k, k, i, p, cache, page_list, indptr, one),
-            lambda n: (rows(n, 2, 64), *slots(n), torch.zeros(pages, 2, 1, 2, 64, device=device)),
+            lambda n: (rows(n, 2, 64), *slots(n), torch.stack([cache(2, 64)] * 2, 1)),
         ),
         "append_paged_mla_kv_cache": (
             lambda ckv, kpe, i, p, cache, rest: flashtile.append_paged_mla_kv_cache(
                 ckv, kpe, i, p, cache, rest, page_list, indptr, one
             ),
             lambda n: (
-                rows(n, 64), rows(n, 16), *slots(n), *(torch.zeros(pages, 1, d, device=device) for d in (64, 16)),
+                rows(n, 64), rows(n, 16), *slots(n), *(cache(d) for d in (64, 16)),
             ),
         ),
         "get_batch_indices_positions": (
