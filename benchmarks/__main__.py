@@ -19,7 +19,7 @@ import torch
 from benchmarks import attention, elem, gemm, report, sample
 from benchmarks.report import Row
 from benchmarks.workload import Call, NotAvailable, Overrides, Workload
-from flashtile.config import Config
+from flashtile.config import Config, SamplingConfig
 from flashtile.testing.cases_bench import EXTRA_NAMES, BenchCase, parse_case
 from flashtile.testing.timing import Ceilings, default_device, measure_ceilings, time_interleaved
 
@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(case.name for case in cases), sep="\n")
         return 0
     device = torch.device(options.device) if options.device else default_device()
-    variants = {text: parse_config(text) for text in options.config or [""]}
-    known = {field.name for field in fields(Config)}
+    variants: dict[str, Overrides] = {text: parse_config(text) for text in options.config or [""]}
+    known = {field.name for kind in (Config, SamplingConfig) for field in fields(kind)}
     if unknown := {name for overrides in variants.values() for name in overrides} - known:
-        parser().error(f"--config: unknown field {', '.join(sorted(unknown))} of flashtile.config.Config")
+        parser().error(f"--config: unknown field {', '.join(sorted(unknown))} of Config and SamplingConfig")
     rows, failures = run(cases, device, variants, options)
     return finish(rows, failures, options, device)
 
@@ -70,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too")
     p.add_argument(
         "--config", metavar="FIELD=N,...", action="append",
-        help="force fields of attention's Config; given again, one more variant in turns with the others ('': none forced)",
+        help="force fields of Config (attention) or SamplingConfig; given again, one more variant in turns with the "
+        "others ('': none forced)",
     )  # fmt: skip
     p.add_argument("--budget-ms", type=float, default=200.0, help="time for each call, milliseconds")
     p.add_argument("--out", type=Path, metavar="FILE", help="append the rows to a JSONL file")

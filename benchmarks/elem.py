@@ -14,7 +14,7 @@ PAGE_SIZE = 16
 def elementwise(case: ElementwiseBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
     """The workload of one op; PyTorch's own is the rival where it has one."""
     if overrides:
-        raise NotAvailable("takes no --config: only attention has one")
+        raise NotAvailable("takes no --config: only attention and sample have one")
     makers = {
         "rmsnorm": _rmsnorm,
         "fused_add_rmsnorm": _fused_add_rmsnorm,

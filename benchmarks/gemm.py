@@ -13,7 +13,7 @@ from flashtile.testing.cases_bench import GemmBench
 def gemm(case: GemmBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
     """The workload of one product; rivals are PyTorch's grouped or scaled product, and a loop of plain ones."""
     if overrides:
-        raise NotAvailable("takes no --config: only attention has one")
+        raise NotAvailable("takes no --config: only attention and sample have one")
     ours, rivals = (_bmm_fp8 if case.op == "bmm_fp8" else _grouped)(case, device)
     return Workload({"flashtile": ours}, rivals if with_rivals else {})
 

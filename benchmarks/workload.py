@@ -7,7 +7,7 @@ from typing import Any
 import flashtile
 
 Call = Callable[[], object]
-Overrides = Mapping[str, Any]  # fields of flashtile.config.Config to force
+Overrides = Mapping[str, Any]  # fields of an area's configuration (flashtile.config) to force
 
 
 class NotAvailable(Exception):

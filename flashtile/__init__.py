@@ -66,7 +66,7 @@ from flashtile.sampling import (
     top_p_renorm_probs,
     top_p_sampling_from_probs,
 )
-from flashtile.topk import TopKTieBreak, top_k
+from flashtile.topk import TopKTieBreak, top_k, top_k_page_table_transform, top_k_ragged_transform, top_k_varlen
 
 __version__ = "0.1.0"
 
@@ -128,10 +128,13 @@ __all__ = [
     "softmax",
     "top_k",
     "top_k_mask_logits",
+    "top_k_page_table_transform",
+    "top_k_ragged_transform",
     "top_k_renorm_probs",
     "top_k_sampling_from_probs",
     "top_k_top_p_sampling_from_logits",
     "top_k_top_p_sampling_from_probs",
+    "top_k_varlen",
     "top_p_renorm_probs",
     "top_p_sampling_from_probs",
 ]

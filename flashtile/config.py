@@ -289,3 +289,43 @@ def _gemm_hopper(p: Product, enough: int) -> GemmConfig:
         if p.tiles(block_m, block_n) >= enough:
             return GemmConfig("hopper", block_m, block_n, p.step, num_stages=stages, group_m=16)
     return GemmConfig("hopper", 64, 64, p.step, num_stages=10, group_m=16)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How rows of one vocabulary are sampled. Nothing but the vocabulary may decide: tiles and warps give sums their
+    order, and a row must draw the same token alone and in any batch.
+
+    chunk: entries that a program reads in a pass over rows. chunk_warps: of a pass that only adds up; sweep_warps: of
+        the pass that a search makes (kernels/sampling/threshold.py). draw_warps: of the program that draws.
+    sample: entries of a row from which a search guesses its bracket, with guess_warps: more make the guess slower and
+        the bracket narrower. sigmas: half the width of a bracket, in standard errors.
+    slots: entries of a chunk that a bracket has room for. slot_tile: those of a row that step 3 looks at together, with
+        select_warps of select_registers a thread.
+    """
+
+    chunk: int = 2048  # 8 KB of fp32; a vocabulary of 128k makes 63 programs, enough for a batch of 1
+    chunk_warps: int = 2  # 32 entries, eight 16-byte loads, per thread
+    sweep_warps: int = 2
+    draw_warps: int = 8  # there is one program for each row: latency counts
+    sample: int = 1024
+    guess_warps: int = 2
+    sigmas: float = 4.0  # a row in 10,000 is outside, and swept again by one program
+    slots: int = 512  # brackets hold some 5 % of a flat distribution, 10 % at worst
+    slot_tile: int = 2048  # 8 per thread
+    select_warps: int = 8
+    select_registers: int = 128  # left to itself, ptxas aims at fewer, and spills
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "sample", "slot_tile"):
+            if (value := getattr(self, name)) < 128 or value & (value - 1):
+                raise ValueError(f"{name}: expected a power of two from 128, got {value}")
+        if self.slots % 4 or not 8 <= self.slots <= self.chunk:
+            raise ValueError(f"slots: expected a multiple of 4 from 8 to chunk = {self.chunk}, got {self.slots}")
+
+
+def choose_sampling(vocab_size: int) -> SamplingConfig:
+    """The configuration for rows of vocab_size entries. Estimated, not yet measured."""
+    if vocab_size <= 65536:
+        return SamplingConfig()
+    return SamplingConfig(sample=2048, guess_warps=4)

@@ -14,6 +14,9 @@ _HOW = (
     "Tensor pos_ids, Tensor cos_sin_cache, bool interleave, float quant_scale_q, float quant_scale_kv, bool enable_pdl"
 )
 
+# FlashInfer's names of implementations: here both mean the same kernel, without the second one's limits.
+BACKENDS = ("cuda", "cutile")
+
 _rope_quantize = library.launcher("rope_quantize", f"rope_quantize({_OUTPUTS}, {_INPUTS}, {_HOW}) -> ()")
 _rope_quantize_append = library.launcher(
     "rope_quantize",
@@ -38,6 +41,7 @@ def rope_quantize_fp8(
     q_nope_out: Tensor | None = None,
     k_nope_out: Tensor | None = None,
     enable_pdl: bool = False,
+    backend: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rotate the rotary part of queries and keys, and quantise both parts to fp8; values too large become the largest.
 
@@ -54,14 +58,17 @@ def rope_quantize_fp8(
         q_rope_out, k_rope_out, q_nope_out, k_nope_out: where to write, shaped as the inputs; any strides, the last
             dimension contiguous. Default: new tensors.
         enable_pdl: as for `rmsnorm`.
+        backend: "cuda" or "cutile", FlashInfer's names; both mean the same kernel here.
 
     Returns:
         q_rope_out, k_rope_out, q_nope_out, k_nope_out; of size 0 for a part that is None.
 
     Raises:
-        ValueError: a shape, dtype, device or stride that does not fit; a host position outside the cache.
+        ValueError: a shape, dtype, device, stride or backend that does not fit; a host position outside the cache.
         NotImplementedError: a GPU older than compute capability 8.9.
     """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     outs = {"q_rope_out": q_rope_out, "k_rope_out": k_rope_out, "q_nope_out": q_nope_out, "k_nope_out": k_nope_out}
     dtype = _quantize_dtype(quantize_dtype, outs)
     q_nope, k_nope = _part(q_nope, q_rope), _part(k_nope, k_rope)
@@ -141,7 +148,7 @@ def rope_quantize_fp8_append_paged_kv_cache(
         q_rope_out, q_nope_out.
 
     Raises:
-        KeyError: unknown kv_layout.
+        KeyError: unknown kv_layout, or a paged_kv_cache of another kind.
         ValueError: a shape, dtype, device, stride or page_size that does not fit; on host tensors also a position,
             request or page out of range.
         NotImplementedError: a GPU older than compute capability 8.9.
@@ -155,6 +162,9 @@ def rope_quantize_fp8_append_paged_kv_cache(
     pos_ids = _check_parts(q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids)
     rope_dim = k_rope.shape[2]
     if v is None:
+        if not isinstance(paged_kv_cache, tuple) or len(paged_kv_cache) != 2:
+            kind = type(paged_kv_cache).__name__
+            raise KeyError(f"Unrecognized paged_kv_cache type {kind}: expected a tuple (ckv, kpe), since v is None")
         ckv_cache, kpe_cache = paged_kv_cache
         checks.check_shape("paged_kv_cache (ckv)", ckv_cache, ("num_pages", page_size, k_nope.shape[2]))
         checks.check_shape("paged_kv_cache (kpe)", kpe_cache, (ckv_cache.shape[0], page_size, rope_dim))

@@ -7,7 +7,7 @@ the rounding of sums at a boundary), and a filtered draw is the draw from the fi
 Where numbers come from: see flashtile/randomness.py. `deterministic=False` permits results that differ between runs; no
 kernel here makes use of it."""
 
-import struct
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ _chain_speculative = library.launcher(
 )
 
 _FILTER_ORDERS = ("top_k_first", "joint")
+_LARGEST = torch.finfo(torch.float32).max
 Samples = Any  # ids; with return_valid, (ids, valid)
 
 
@@ -249,22 +250,22 @@ def softmax(logits: Tensor, temperature: Tensor | float | None = None, enable_pd
     """
     _check_rows("logits", logits)
     tensor, value = _parameter("temperature", 1.0 if temperature is None else temperature, len(logits), logits.device)
-    if not (value > 0 if tensor is None else _all(tensor > 0)):
+    if not (0 < value <= _LARGEST if tensor is None else _all(tensor, lambda x: (x > 0) & x.isfinite())):
         raise ValueError(
-            f"temperature: expected numbers above 0, got {temperature}; for greedy decoding take the argmax"
+            f"temperature: expected finite numbers above 0, got {temperature}; for greedy decoding take the argmax"
         )
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     _softmax(out, logits, tensor, value, enable_pdl)
     return out
 
 
-def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = True) -> Tensor:
+def top_p_renorm_probs(probs: Tensor, top_p: Tensor | float, is_deterministic: bool = False) -> Tensor:
     """The probabilities that `top_p_sampling_from_probs` draws from: zero where it removes a token, then normalised.
 
     Args:
         probs: [batch_size, vocab_size], fp16, bf16 or fp32.
         top_p: in 0..1; a number or [batch_size]. 1 keeps all tokens.
-        is_deterministic: as `deterministic` of the samplers.
+        is_deterministic: equal inputs give equal results; always so here.
 
     Returns:
         [batch_size, vocab_size], fp32. A row that is no distribution gives NaN.
@@ -447,24 +448,24 @@ def _share(
 ) -> tuple[Tensor | None, float]:
     """A share of probability in 0..1, as (tensor, off) or (None, value)."""
     tensor, value = _parameter(name, off if x is None else x, batch_size, device)
-    if not (0 <= value <= 1 if tensor is None else _all((tensor >= 0) & (tensor <= 1))):
+    if not (0 <= value <= 1 if tensor is None else _all(tensor, lambda x: (x >= 0) & (x <= 1))):
         raise ValueError(f"{name}: expected numbers from 0 to 1, got {x}")
     return tensor, value if tensor is None else off
 
 
 def _parameter(name: str, x: Tensor | float, batch_size: int, device: torch.device) -> tuple[Tensor | None, float]:
-    """(tensor of fp32, 0) or (None, value rounded to fp32, so that both forms give the same results)."""
+    """(tensor of fp32, 0) or (None, value), which all kernels round to fp32: both forms give the same results."""
     if isinstance(x, Tensor):
         checks.check_dtype(name, x, (*checks.FLOAT_DTYPES, torch.float64))
         return _per_row(name, x, batch_size, device).float(), 0.0
     if not isinstance(x, (int, float)):
         raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(x).__name__}")
-    return None, struct.unpack("f", struct.pack("f", x))[0]
+    return None, x
 
 
-def _all(condition: Tensor) -> bool:
-    """Whether all values hold; taken for granted on CUDA (no sync), and while torch.compile traces."""
-    return torch.compiler.is_compiling() or condition.is_cuda or bool(condition.all())
+def _all(x: Tensor, condition: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a condition holds for all values; taken for granted where they are not read."""
+    return not checks.reads_values(x) or bool(condition(x).all())
 
 
 def _per_row(name: str, x: Tensor, batch_size: int, device: torch.device) -> Tensor:

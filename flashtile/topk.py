@@ -74,7 +74,10 @@ def top_k_page_table_transform(
     dsa_graph_safe: bool = False,
     row_starts: Tensor | None = None,
     page_table_row_starts: Tensor | None = None,
+    *,
     page_size: int = 1,
+    out: Tensor | None = None,
+    out_raw_indices: Tensor | None = None,
 ) -> Tensor:
     """The cache slots of the k best-scored tokens of each row, by rising token position.
 
@@ -87,6 +90,8 @@ def top_k_page_table_transform(
         row_starts: [num_rows]: the column of a row's first score; positions count from there. Default: 0.
         page_table_row_starts: [num_rows]: the token, in the row of the page table, of position 0. Default: row_starts.
         page_size: tokens per page.
+        out: where to write, [num_rows, k] int32. Default: a new tensor.
+        out_raw_indices: [num_rows, k] int32, written with the positions themselves, which count from row_starts.
         deterministic, tie_break, dsa_graph_safe: as for `top_k`.
 
     Returns:
@@ -102,12 +107,15 @@ def top_k_page_table_transform(
     starts = _row_tensor("row_starts", row_starts, num_rows, device)
     first = _row_tensor("page_table_row_starts", page_table_row_starts, num_rows, device)
     tables = _row_tensor("row_to_batch", row_to_batch, num_rows, device)
-    ids = _select(input, k, _index_rows("lengths", lengths, num_rows, device), starts, tie_break).long()
+    selected = _check_ids("out_raw_indices", out_raw_indices, num_rows, k, device)
+    _select(input, selected, _index_rows("lengths", lengths, num_rows, device), starts, tie_break)
+    ids = selected.long()
     first = starts if first is None else first
     tokens = ids if first is None else ids + first[:, None]
     rows = torch.arange(num_rows, device=device) if tables is None else tables.long()
     pages = src_page_table[rows[:, None], (tokens // page_size).masked_fill(ids < 0, 0)]
-    return (pages * page_size + tokens % page_size).masked_fill(ids < 0, -1).int()
+    slots = (pages * page_size + tokens % page_size).masked_fill(ids < 0, -1)
+    return _check_ids("out", out, num_rows, k, device).copy_(slots)
 
 
 def top_k_ragged_transform(
@@ -135,7 +143,8 @@ def top_k_ragged_transform(
     device, num_rows = input.device, len(input)
     shift = _index_rows("offsets", offsets, num_rows, device)
     starts = _row_tensor("row_starts", row_starts, num_rows, device)
-    ids = _select(input, k, _index_rows("lengths", lengths, num_rows, device), starts, tie_break)
+    ids = _check_ids("out", None, num_rows, k, device)
+    _select(input, ids, _index_rows("lengths", lengths, num_rows, device), starts, tie_break)
     return torch.where(ids < 0, -1, ids + shift[:, None]).int()
 
 
@@ -184,7 +193,8 @@ def top_k_varlen(
     lens = _index_rows("seq_lens", seq_lens, len(logits) // next_n, logits.device)
     place = torch.arange(next_n, device=logits.device)
     lengths = ((lens[:, None] - next_n + place + 1) // compress_ratio).clamp(0, logits.shape[1]).flatten().int()
-    ids = _select(logits, top_k, lengths, None, TopKTieBreak.NONE, out_indices)
+    ids = _check_ids("out_indices", out_indices, len(logits), top_k, logits.device)
+    _select(logits, ids, lengths, None, TopKTieBreak.NONE)
     if not return_values and out_values is None:
         return ids, None
     values = logits.gather(1, ids.long().clamp(min=0)).masked_fill(ids < 0, -torch.inf)
@@ -194,19 +204,21 @@ def top_k_varlen(
     return ids, values
 
 
-def _select(
-    scores: Tensor, k: int, lengths: Tensor | None, starts: Tensor | None, tie_break: int, out: Tensor | None = None
-) -> Tensor:
-    """[num_rows, k] int32 positions from `starts`, rising, -1 where a row has no more."""
+def _select(scores: Tensor, ids: Tensor, lengths: Tensor | None, starts: Tensor | None, tie_break: int) -> None:
+    """ids [num_rows, k] int32 = positions from `starts`, rising, -1 where a row has no more."""
+    _top_k(ids, scores, starts, lengths, _prefers_large_ids(tie_break))
+
+
+def _check_ids(name: str, ids: Tensor | None, num_rows: int, k: int, device: torch.device) -> Tensor:
+    """`ids`, checked, or a new tensor if it is None: [num_rows, k] int32."""
     if k < 1:
         raise ValueError(f"k: expected 1 or more, got {k}")
-    shape, device = (len(scores), k), scores.device
-    ids = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
-    checks.check_shape("out_indices", ids, shape)
-    checks.check_dtype("out_indices", ids, (torch.int32,))
-    checks.check_device("out_indices", ids, device)
-    checks.check_inner_contiguous("out_indices", ids)
-    _top_k(ids, scores, starts, lengths, _prefers_large_ids(tie_break))
+    if ids is None:
+        return torch.empty((num_rows, k), dtype=torch.int32, device=device)
+    checks.check_shape(name, ids, (num_rows, k))
+    checks.check_dtype(name, ids, (torch.int32,))
+    checks.check_device(name, ids, device)
+    checks.check_inner_contiguous(name, ids)
     return ids
 
 

@@ -1,4 +1,4 @@
-"""Merging attention states on the CPU: against the oracle, laws, ops, errors."""
+"""Merging attention states on the CPU: against the oracle, laws, graphs, errors."""
 
 import pytest
 import torch
@@ -33,18 +33,6 @@ def test_ragged_rows_of_any_length() -> None:
     for row, states in ((0, slice(0, 3)), (2, slice(3, 7))):
         expected = cascade.merge_states(v[None, states], s[None, states])
         torch.testing.assert_close((got_v[row], got_s[row]), (expected[0][0], expected[1][0]))
-
-
-def test_ops() -> None:
-    v, s = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 4)
-    out = torch.empty(3, 4, 8), torch.empty(3, 4)
-    pair = v[:, 0].clone(), s[:, 0].clone(), v[:, 1].clone(), s[:, 1].clone()
-    torch.library.opcheck(torch.ops.flashtile.merge_state.default, (*out, *pair))
-    torch.library.opcheck(torch.ops.flashtile.merge_state_in_place.default, (*pair, None))
-    torch.library.opcheck(torch.ops.flashtile.merge_state_in_place.default, (*pair, torch.tensor([True, False, True])))
-    torch.library.opcheck(torch.ops.flashtile.merge_states.default, (*out, v, s))
-    ragged = (*out, v.flatten(0, 1), s.flatten(0, 1), torch.tensor([0, 1, 6, 6]))
-    torch.library.opcheck(torch.ops.flashtile.merge_ragged_states.default, ragged)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -257,6 +257,9 @@ def test_custom_fusion_rule(pattern: tuple[type, ...]) -> None:
     assert [repr(op) for op in pipe.compiled_ops or []] == ["BiasSoftmaxOp", "ProbsSampleOp"]
     assert torch.equal(pipe(X, bias=1.0, seed=1), LogitsPipe([Bias(), Softmax(), Sample()])(X, bias=1.0, seed=1))
     assert len(LogitsPipe([Bias(), Softmax()], custom_fusion_rules=[rule(False)]).compiled_ops or []) == 2
+    later = LogitsPipe([Bias(), Softmax(), Sample()], compile=False)
+    later.compile(custom_fusion_rules=[rule(True)])
+    assert repr(later) == repr(pipe)
 
 
 def test_rules_of_higher_priority_are_tried_first() -> None:
@@ -279,6 +282,8 @@ def test_custom_validity_check() -> None:
     LogitsPipe([Softmax()], custom_validity_checks=[no_sampling])
     with pytest.raises(ValueError, match="no sampling here"):
         LogitsPipe([Softmax(), Sample()], custom_validity_checks=[no_sampling])
+    with pytest.raises(ValueError, match="no sampling here"):
+        LogitsPipe([Softmax(), Sample()], compile=False).compile(custom_validity_checks=[no_sampling])
     compiler = Compiler()
     compiler.register_validity_check(no_sampling)
     with pytest.raises(CompileError, match="no sampling here"):

@@ -1,4 +1,4 @@
-"""Rotary embeddings on the CPU: against the oracle, laws, ops, errors."""
+"""Rotary embeddings on the CPU: against the oracle, laws, graphs, errors."""
 
 import pytest
 import torch
@@ -40,28 +40,6 @@ def test_quantize_append(case: cases.QuantizeCase, kv_layout: str) -> None:
 
 def test_position_zero_changes_nothing() -> None:
     cases.check_position_zero_changes_nothing("cpu")
-
-
-def test_ops() -> None:
-    q, k, pos_ids, cache = torch.randn(3, 2, 8), torch.randn(3, 1, 8), torch.arange(3), torch.randn(4, 8)
-    outputs = torch.empty(3, 2, 8), torch.empty(3, 1, 8)
-    by_frequency = (pos_ids, 8, 1.0, 1e4, None, False)
-    torch.library.opcheck(torch.ops.flashtile.rope.default, (*outputs, q, k, *by_frequency))
-    torch.library.opcheck(torch.ops.flashtile.rope_inplace.default, (q, k, *by_frequency))
-    torch.library.opcheck(torch.ops.flashtile.rope_cached.default, (*outputs, q, k, pos_ids, cache, True))
-    torch.library.opcheck(torch.ops.flashtile.rope_cached_inplace.default, (q, k, pos_ids, cache, True))
-
-
-def test_quantize_ops() -> None:
-    shapes = ((2, 8), (2, 4), (1, 8), (1, 4))
-    inputs = [torch.randn(3, *shape) for shape in shapes]
-    outs = [torch.empty(3, *shape) for shape in shapes]  # not fp8, which opcheck cannot compare
-    how = (torch.arange(3), torch.randn(4, 8), True, 1.0, 1.0, False)
-    torch.library.opcheck(torch.ops.flashtile.rope_quantize.default, (*outs, *inputs, *how))
-    caches = [torch.zeros(2, 2, 1, dim) for dim in (8, 4, 8)]
-    indices = (torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.tensor([1, 0]), torch.tensor([0, 2]))
-    args = (*outs[:2], *caches, *inputs, torch.randn(3, 1, 8), *how, *indices)
-    torch.library.opcheck(torch.ops.flashtile.rope_quantize_append.default, args)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -115,6 +93,7 @@ def test_ragged_errors() -> None:
         ({"k_rope": torch.ones(3, 4)}, r"k_rope: expected shape \[3, num_kv_heads, 8\], got \[3, 1, 4\]"),
         ({"q_nope": torch.ones(3, 1, 8)}, r"q_nope: expected shape \[3, 2, nope_dim\], got \[3, 1, 8\]"),
         ({"k_nope": torch.ones(3, 8).half()}, "k_nope: expected the dtype of q_rope"),
+        ({"backend": "cute-dsl"}, "backend: expected one of cuda, cutile, got 'cute-dsl'"),
         ({"quantize_dtype": torch.float16}, "quantize_dtype: expected torch.float8_e4m3fn or torch.float8_e5m2, got"),
         ({"q_rope_out": torch.ones(3, 2, 8).to(torch.float8_e5m2)}, "q_rope_out: expected dtype float8_e4m3fn, got"),
         ({"cos_sin_cache": torch.ones(4, 4)}, r"cos_sin_cache: expected shape \[max_position, 8\], got \[4, 4\]"),
@@ -127,6 +106,16 @@ def test_quantize_errors(change: dict[str, object], message: str) -> None:
     args |= {"quantize_dtype": torch.float8_e4m3fn} | change
     with pytest.raises(ValueError, match=message):
         rope.rope_quantize_fp8(**args)  # type: ignore[arg-type]
+
+
+def test_append_of_latents_needs_a_tuple_of_caches() -> None:
+    parts = torch.ones(2, 2, 8), torch.ones(2, 8), torch.ones(2, 2, 4), torch.ones(2, 4)
+    index, cache = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 16, 8).to(torch.float8_e4m3fn)
+    for wrong in ([cache, cache], torch.stack([cache, cache])):
+        with pytest.raises(KeyError, match=r"Unrecognized paged_kv_cache type \w+: expected a tuple \(ckv, kpe\)"):
+            rope.rope_quantize_fp8_append_paged_kv_cache(
+                *parts, None, torch.ones(4, 8), index, wrong, index, torch.tensor([0, 1]), index, torch.arange(2)
+            )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sampling on the CPU: against the definition, distributions, randomness, ops, errors."""
+"""Sampling on the CPU: against the definition, distributions, randomness, graphs, errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flashtile import sampling, topk
+from flashtile.config import SamplingConfig
 from flashtile.kernels.cpu import sampling as cpu
 from flashtile.reference import sampling as reference
 from flashtile.testing import cases_sampling as cases
@@ -28,32 +29,16 @@ def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: Samplin
 @pytest.mark.parametrize("case", cases.DISTRIBUTION_CASES, ids=str)
 def test_distribution(case: SamplingCase) -> None:
     cases.check_distribution(case, 10**6, "cpu")
+    cases.check_distribution(case, 10**4, "cpu", shared=False)
 
 
-@pytest.mark.parametrize("draw", [sampling.sampling_from_logits, sampling.top_k_top_p_sampling_from_logits])
-def test_distribution_of_logits(draw: Callable[..., Any]) -> None:
-    logits = torch.linspace(-3, 3, 50)[None].masked_fill(torch.arange(50) % 7 == 0, -torch.inf)
-    filters = () if draw is sampling.sampling_from_logits else (30, 0.9)
-    ids = draw(logits, *filters, indices=torch.zeros(10**6, dtype=torch.int32), seed=3)
-    probs = torch.softmax(logits[0].double(), -1)
-    if filters:
-        probs = reference.filtered(probs, *filters)
-    assert cases.chi_square(ids.bincount(minlength=50), probs) < 4
+@pytest.mark.parametrize("order", [None, "top_k_first", "joint"])
+def test_distribution_of_logits(order: str | None) -> None:
+    cases.check_distribution_of_logits(order, 10**6, "cpu")
 
 
 def test_distribution_of_speculative_sampling() -> None:
-    """The first token of a chain is distributed as the target says, whatever was proposed."""
-    count, vocab_size = 200_000, 12
-    draft, target = (
-        torch.softmax(torch.randn(vocab_size, generator=torch.Generator().manual_seed(s)), -1) for s in (0, 1)
-    )
-    tokens = sampling.sampling_from_probs(draft[None], torch.zeros(count, dtype=torch.int64), seed=5)[:, None]
-    ids, _, _ = sampling.chain_speculative_sampling(
-        draft.expand(count, 1, vocab_size), tokens, target.expand(count, 2, vocab_size), seed=6
-    )
-    assert cases.chi_square(ids[:, 0].bincount(minlength=vocab_size), target) < 4
-    bonus = ids[:, 1][ids[:, 1] >= 0]
-    assert cases.chi_square(bonus.bincount(minlength=vocab_size), target) < 4
+    cases.check_distribution_of_chains(2 * 10**5, "cpu")
 
 
 def test_chi_square_finds_a_wrong_distribution() -> None:
@@ -263,7 +248,10 @@ HALF = torch.tensor([0.5, 0.5])
             ValueError,
             "filter_apply_order: expected 'top_k_first' or 'joint', got 'top_p_first'",
         ),
-        (lambda: sampling.softmax(PROBS, 0.0), ValueError, "temperature: expected numbers above 0"),
+        (lambda: sampling.softmax(PROBS, 0.0), ValueError, "temperature: expected finite numbers above 0"),
+        (lambda: sampling.softmax(PROBS, float("inf")), ValueError, "temperature: expected finite numbers above 0"),
+        (lambda: sampling.softmax(PROBS, -HALF), ValueError, "temperature: expected finite numbers above 0"),
+        (lambda: sampling.top_p_sampling_from_probs(PROBS, 1e300), ValueError, "top_p: expected numbers from 0 to 1"),
         (lambda: sampling.sampling_from_probs(PROBS, offset=3), ValueError, "offset: got one without seed"),
         (
             lambda: sampling.sampling_from_probs(PROBS, seed=3, generator=torch.Generator()),
@@ -302,25 +290,20 @@ def test_errors(call: Callable[[], object], error: type[Exception], message: str
         call()
 
 
-# Ops
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk": 3000}, "chunk: expected a power of two from 128, got 3000"),
+        ({"sample": 64}, "sample: expected a power of two from 128, got 64"),
+        ({"slots": 4096}, "slots: expected a multiple of 4 from 8 to chunk = 2048, got 4096"),
+    ],
+)
+def test_config_errors(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**change)
 
 
-def test_ops() -> None:
-    ops, probs, ids = torch.ops.flashtile, torch.softmax(torch.randn(3, 40), -1), torch.zeros(3, dtype=torch.int32)
-    state, top_k, out = (torch.tensor([5]), 0, None, 0), torch.tensor([1, 2, 3], dtype=torch.int32), torch.empty(3, 40)
-    opcheck = torch.library.opcheck
-    filters = (top_k, 0, None, 0.9, None, 0.0, False)
-    opcheck(ops.sample_from_probs.default, (ids, ids.bool(), probs, None, *filters, *state))
-    opcheck(ops.sample_from_logits.default, (ids, ids.bool(), probs, ids.clone(), *state))
-    opcheck(ops.softmax.default, (out, probs, None, 0.5, None))
-    opcheck(ops.renorm_probs.default, (out, probs, top_k, 0, None, 1.0))
-    opcheck(ops.mask_logits.default, (out, probs, None, 3))
-    opcheck(ops.top_k.default, (torch.empty(3, 5, dtype=torch.int32), probs, None, top_k, True))
-    draft, tokens, target = cases.ChainCase(2, 40, 0.5, batch_size=3).chains()
-    counters = [torch.zeros(3, dtype=torch.int32) for _ in range(2)]
-    opcheck(
-        ops.chain_speculative.default, (torch.empty(3, 3, dtype=torch.int32), *counters, draft, tokens, target, *state)
-    )
+# Graphs
 
 
 def test_compiles_as_one_graph() -> None:

@@ -40,7 +40,7 @@ def _joined(kind: type[Op]) -> Callable[[list[Op]], Op]:
     def build(window: list[Op]) -> Op:
         params: dict[str, Any] = {}
         for op in window:
-            params |= op.params
+            params |= op.default_params
         if kind is ops.FusedProbsTopKTopPSampleOp:
             params["filter_apply_order"] = "joint"
         return kind(**params)
@@ -53,7 +53,7 @@ def _always(window: list[Op]) -> bool:
 
 
 def _is_joint(window: list[Op]) -> bool:
-    return bool(window[0].params.get("joint_topk_topp"))
+    return bool(window[0].default_params.get("joint_topk_topp"))
 
 
 def _is_not_joint(window: list[Op]) -> bool:
@@ -111,10 +111,10 @@ class Compiler:
         for check in self.checks:
             check(list(chain))
 
-    def compile(self, chain: Sequence[Op]) -> list[Op]:
-        """The chain, checked and fused."""
-        self.check(chain)
-        fused = list(chain)
+    def compile(self, ops: Sequence[Op]) -> list[Op]:
+        """The ops, checked and fused."""
+        self.check(ops)
+        fused = list(ops)
         rules = sorted(self.rules, key=lambda rule: (-rule.prio, -len(rule.pattern)))
         for rule in rules:
             begin, length = 0, len(rule.pattern)
@@ -128,7 +128,7 @@ class Compiler:
 
 
 def compile_pipeline(
-    chain: Sequence[Op],
+    ops: Sequence[Op],
     custom_fusion_rules: Sequence[FusionRule] | None = None,
     custom_validity_checks: Sequence[ValidityCheck] | None = None,
 ) -> list[Op]:
@@ -137,4 +137,4 @@ def compile_pipeline(
     Raises:
         CompileError: a chain that makes no sense, or that a custom check rejects.
     """
-    return Compiler(custom_fusion_rules, custom_validity_checks).compile(chain)
+    return Compiler(custom_fusion_rules, custom_validity_checks).compile(ops)

@@ -16,14 +16,14 @@ PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "indices", "generator", 
 class Op:
     """One step. A subclass says what it takes and gives (IN, OUT), and what it does (`__call__`).
 
-    params are fixed when the pipe is built; a custom op may give them any meaning.
+    default_params are fixed when the pipe is built; a custom op may give them any meaning.
     """
 
     IN: ClassVar[TensorType]
     OUT: ClassVar[TensorType]
 
-    def __init__(self, **params: Any) -> None:
-        self.params = params
+    def __init__(self, **default_params: Any) -> None:
+        self.default_params = default_params
         self.processor: type | None = None  # the class it comes from, set by `legalize_processors`
 
     def __call__(self, tensor: TaggedTensor, **kwargs: Any) -> TaggedTensor:
@@ -40,7 +40,7 @@ class ParameterizedOp(Op):
     def parameter(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A required parameter: of the call, or its default. ValueError if there is neither."""
         value = kwargs.get(name)
-        value = self.params.get(name) if value is None else value
+        value = self.default_params.get(name) if value is None else value
         if value is None:
             raise ValueError(f"{name}: {self!r} needs it; give {name}= to the call of the pipe")
         return value
@@ -78,7 +78,7 @@ class SoftmaxOp(Op):
 
     def __call__(self, tensor: TaggedTensor, **kwargs: Any) -> TaggedTensor:
         """Needs nothing."""
-        return TaggedTensor.probs(sampling.softmax(tensor.data, enable_pdl=self.params.get("enable_pdl")))
+        return TaggedTensor.probs(sampling.softmax(tensor.data, enable_pdl=self.default_params.get("enable_pdl")))
 
 
 class LogitsTopKOp(ParameterizedOp):
@@ -98,7 +98,7 @@ class ProbsTopKOp(ParameterizedOp):
 
     def __call__(self, tensor: TaggedTensor, **kwargs: Any) -> TaggedTensor:
         """Needs top_k."""
-        if self.params.get("joint_topk_topp"):
+        if self.default_params.get("joint_topk_topp"):
             raise ValueError("joint_topk_topp: needs TopP() and Sample() right after TopK(), and a compiled pipe")
         return TaggedTensor.probs(sampling.top_k_renorm_probs(tensor.data, self.positive("top_k", kwargs)))
 
@@ -138,9 +138,8 @@ class _SampleOp(ParameterizedOp):
     def __call__(self, tensor: TaggedTensor, **kwargs: Any) -> TaggedTensor:
         """Needs what NEEDS names; takes indices, generator, seed and offset."""
         filters = {name: self.positive(name, kwargs) for name in self.NEEDS}
-        options = {
-            name: value for name, value in self.params.items() if name in ("deterministic", "filter_apply_order")
-        }
+        fixed = ("deterministic", "filter_apply_order")
+        options = {name: value for name, value in self.default_params.items() if name in fixed}
         return TaggedTensor.indices(type(self).DRAW(tensor.data, **filters, **options, **_random(kwargs)))
 
 
@@ -165,7 +164,7 @@ class FusedTemperatureSoftmaxOp(ParameterizedOp):
 
     def __call__(self, tensor: TaggedTensor, **kwargs: Any) -> TaggedTensor:
         """Needs temperature."""
-        heat, enable_pdl = self.positive("temperature", kwargs), self.params.get("enable_pdl")
+        heat, enable_pdl = self.positive("temperature", kwargs), self.default_params.get("enable_pdl")
         return TaggedTensor.probs(sampling.softmax(tensor.data, heat, enable_pdl))
 
 

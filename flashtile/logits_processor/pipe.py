@@ -58,8 +58,20 @@ class LogitsPipe:
         if compile:
             self.compile()
 
-    def compile(self) -> None:
-        """Fuse the ops."""
+    def compile(
+        self,
+        custom_fusion_rules: Sequence[FusionRule] | None = None,
+        custom_validity_checks: Sequence[ValidityCheck] | None = None,
+    ) -> None:
+        """Fuse the ops, by the rules and under the checks given to the pipe and those given here.
+
+        Raises:
+            CompileError: a check rejects the chain.
+        """
+        for rule in custom_fusion_rules or ():
+            self._compiler.register_fusion_rule(rule)
+        for check in custom_validity_checks or ():
+            self._compiler.register_validity_check(check)
         self.compiled_ops = self._compiler.compile(self.ops)
 
     def __call__(self, x: Tensor | TaggedTensor, **kwargs: Any) -> Tensor:

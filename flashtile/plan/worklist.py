@@ -84,8 +84,8 @@ def visible_range(
 def duration(steps: Ints, tiling: Tiling, cuts: int = 0) -> float:
     """How long a list of items of so many steps each, longest first, should take; `cuts`: pieces beyond the tiles.
 
-    CTAs take items one after the other: that lasts as long as the mean CTA's share, or as one CTA that takes the last of
-    some wave's items, and with it one at least as long from each wave before.
+    CTAs take items one after the other: that lasts as long as the mean CTA's share, or as one CTA that takes the last
+    of some wave's items, and with it one at least as long from each wave before.
     """
     heads, capacity = tiling.num_head_groups, tiling.capacity
     waves = np.arange(-(-len(steps) * heads // capacity))
@@ -135,8 +135,8 @@ def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
 
 
 def choose_tail(lengths: Ints, tiling: Tiling) -> tuple[int, int]:
-    """(n, chunk in tokens): cut the n shortest tiles, where a last wave of few tiles would leave most CTAs idle; (0, 0):
-    cut nothing."""
+    """(n, chunk in tokens): cut the n shortest tiles, where a last wave of few tiles would leave most CTAs idle;
+    (0, 0): cut nothing."""
     steps = np.sort(-(-lengths // tiling.block_n))[::-1]
     over = len(steps) * tiling.num_head_groups % tiling.capacity
     n = -(-over // tiling.num_head_groups)
@@ -165,10 +165,10 @@ def choose_cuts(lengths: Ints, tiling: Tiling) -> Ints:
 def take_turns(lengths: Ints, tiling: Tiling) -> NDArray[np.int32]:
     """Which tile each CTA of a persistent grid takes in each round: [rounds + 3, ctas] int32, -1 for none.
 
-    A round hands out the next tiles of the list, back and forth over the CTAs. Where that leaves a CTA with more than its
-    share, the longest tile of a round goes to the CTA that has had least to do so far: CTAs end within 1 % of one another
-    then, without the atomic counter by which tiles could be drawn (2 % slower, benchmarks/NOTES.md). The last rounds are
-    empty: the loader reads ahead.
+    A round hands out the next tiles of the list, back and forth over the CTAs. Where that leaves a CTA with more than
+    its share, the longest tile of a round goes to the CTA that has had least to do so far: CTAs end within 1 % of one
+    another then, without the atomic counter by which tiles could be drawn (2 % slower, benchmarks/NOTES.md). The last
+    rounds are empty: the loader reads ahead.
 
     Args:
         lengths: KV tokens of each entry of the list, which stands for heads_per_item tiles.

@@ -146,12 +146,13 @@ SMALL_FP8 = (
     Fp8Case(3, 20, 80, 48, E5M2, dtype=torch.float16),
     Fp8Case(2, 33, 130, 100, b_dtype=E5M2, dtype=torch.float16),
     Fp8Case(2, 16, 64, 24, dtype=torch.float16, column_major=False),
+    Fp8Case(2, 20, 64, 32, E5M2, E5M2, torch.float16),
     Fp8Case(0, 16, 64, 24),
 )
 FP8 = SMALL_FP8 + tuple(
     Fp8Case(*shape, a, b, dtype)
     for shape in ((1, 48, 64, 80), (16, 128, 256, 64), (4, 300, 128, 384), (2, 257, 384, 520))
-    for a, b in ((E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2))
+    for a, b in ((E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2), (E5M2, E5M2))
     for dtype in (torch.bfloat16, torch.float16)
 )
 

@@ -257,6 +257,14 @@ def check_top_k_top_p_from_logits(order: str, device: str) -> None:
     for i, row in enumerate(logits):
         case = SamplingCase("logits", 2500, {"top_k": int(top_k[i]), "top_p": float(top_p[i]), "order": order})
         check_token(case, torch.softmax(row, -1), int(ids[i]), reference.uniform(SEED, OFFSET, i))
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):  # the last: in all of the row
+        logits[row, 700 if row < 2 else slice(None)] = value
+    again, valid = sampling.top_k_top_p_sampling_from_logits(
+        logits.to(device), top_k.to(device), top_p.to(device), filter_apply_order=order, seed=SEED, offset=OFFSET,
+        return_valid=True,
+    )  # fmt: skip
+    assert valid.tolist() == [False, False, False, True]
+    assert torch.equal(again, torch.where(valid, ids, 0))
 
 
 def check_bad_rows(vocab_size: int, filters: dict[str, Any], device: str) -> None:
@@ -330,12 +338,14 @@ def check_top_k_windows(device: str, row_len: int = 2500) -> None:
     scores = randn(5, row_len, seed=6).half()
     starts, lengths = torch.tensor([0, 10, 2400, 3, 0]), torch.tensor([row_len, 1000, 50, 0, 7])
     k, page_size = 64, 16
+    raw, out = (torch.full((5, k), 99, dtype=torch.int32, device=device) for _ in range(2))
     table = torch.randperm(3 * 200, generator=torch.Generator().manual_seed(0)).reshape(3, 200).int()
     rows = torch.tensor([0, 1, 2, 0, 1])
     pages = topk.top_k_page_table_transform(
         scores.to(device), table.to(device), lengths.to(device), k,
-        row_to_batch=rows.to(device), row_starts=starts.to(device), page_size=page_size,
+        row_to_batch=rows.to(device), row_starts=starts.to(device), page_size=page_size, out=out, out_raw_indices=raw,
     )  # fmt: skip
+    assert pages is out
     shift = torch.tensor([0, 5, 100, 7, 9])
     ragged = topk.top_k_ragged_transform(
         scores.to(device), shift.to(device), lengths.to(device), k, row_starts=starts.to(device)
@@ -345,6 +355,7 @@ def check_top_k_windows(device: str, row_len: int = 2500) -> None:
         window = scores[i, starts[i] : starts[i] + lengths[i]].float()
         ids = sorted(reference.top_k(window, k))
         pad = [-1] * (k - len(ids))
+        assert raw[i].tolist() == ids + pad
         assert ragged[i].tolist() == [j + int(shift[i]) for j in ids] + pad
         tokens = [j + int(starts[i]) for j in ids]
         assert (
@@ -435,15 +446,56 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
     return float(((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread))
 
 
-def check_distribution(case: SamplingCase, num_draws: int, device: str) -> None:
-    """Many draws from each row fit the filtered distribution."""
-    probs = case.probs(device)
-    indices = torch.arange(num_draws * case.batch_size, device=device) % case.batch_size
-    ids = case.sampler()(probs, indices=indices, seed=SEED)
-    for i, row in enumerate(probs.cpu().float()):
-        counts = ids[indices == i].cpu().long().bincount(minlength=case.vocab_size)
-        assert counts.numel() == case.vocab_size, "an id outside the vocabulary was drawn"
-        assert chi_square(counts, case.distribution(row)) < 4
+def check_draws(ids: Tensor, probs: Tensor) -> None:
+    """Draws [n] fit the distribution probs [vocab]."""
+    counts = ids.cpu().long().bincount(minlength=len(probs))
+    assert counts.numel() == len(probs), "an id outside the vocabulary was drawn"
+    assert chi_square(counts, probs) < 4
+
+
+def check_distribution(case: SamplingCase, num_draws: int, device: str, shared: bool = True) -> None:
+    """Many draws from a row fit the filtered distribution; shared: the row is given once, with indices."""
+    probs = case.probs(device)[:1]
+    if shared:
+        ids = case.sampler()(probs, indices=torch.zeros(num_draws, dtype=torch.int32, device=device), seed=SEED)
+    else:
+        ids = case.sampler()(probs.expand(num_draws, -1), seed=SEED)
+    check_draws(ids, case.distribution(probs[0].cpu().float()))
+
+
+def check_distribution_of_logits(order: str | None, num_draws: int, device: str) -> None:
+    """As `check_distribution`, of the softmax; order: of its filters, None: without any."""
+    logits = torch.linspace(-3, 3, 50).masked_fill(torch.arange(50) % 7 == 0, -torch.inf)
+    probs, indices = torch.softmax(logits.double(), -1), torch.zeros(num_draws, dtype=torch.int32, device=device)
+    rows = logits[None].to(device)
+    if order is None:
+        ids = sampling.sampling_from_logits(rows, indices, seed=SEED)
+    else:
+        ids = sampling.top_k_top_p_sampling_from_logits(rows, 30, 0.9, indices, order, seed=SEED)
+        probs = reference.filtered(probs, 30, 0.9, joint=order == "joint")
+    check_draws(ids, probs)
+
+
+def check_distribution_of_chains(num_draws: int, device: str) -> None:
+    """The tokens of a chain are distributed as the target says, whatever was proposed, each time there is one; and
+    proposals are accepted as often as the distributions overlap."""
+    vocab_size, num_tokens = 12, 2
+    draft = torch.softmax(randn(num_tokens, vocab_size, seed=11), -1)
+    target = torch.softmax(randn(num_tokens + 1, vocab_size, seed=12), -1)
+    target[:, 3] = 0
+    target /= target.sum(-1, keepdim=True)
+    shape, one = (num_draws, -1, -1), torch.zeros(num_draws, dtype=torch.int32, device=device)
+    proposals = [sampling.sampling_from_probs(p[None].to(device), one, seed=i) for i, p in enumerate(draft)]
+    ids, accepted, emitted = sampling.chain_speculative_sampling(
+        draft.to(device).expand(shape), torch.stack(proposals, 1), target.to(device).expand(shape), seed=SEED
+    )
+    for place in range(num_tokens + 1):
+        check_draws(ids[:, place][ids[:, place] >= 0], target[place])
+    overlap = torch.minimum(draft, target[:-1]).sum(-1)
+    passes = [(1 - overlap[0]) * (1 - overlap[1]), 1 - overlap[0] * overlap[1], overlap[0] * overlap[1]]
+    passes[1] -= passes[0]
+    check_draws(accepted, torch.stack(passes))
+    check_draws(emitted, torch.stack([1 - overlap[0], overlap[0] * (1 - overlap[1]), overlap[0] * overlap[1]]))
 
 
 DISTRIBUTION_CASES = tuple(

@@ -25,11 +25,22 @@ def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: Samplin
 @pytest.mark.parametrize("case", cases.DISTRIBUTION_CASES, ids=str)
 def test_distribution(case: SamplingCase) -> None:
     cases.check_distribution(case, 10**6, "cuda")
+    cases.check_distribution(case, 10**6, "cuda", shared=False)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("filters", cases.FILTERS, ids=str)
-def test_distribution_of_a_long_row(filters: dict[str, Any]) -> None:
-    cases.check_distribution(SamplingCase("steep", 20000, filters, batch_size=1), 10**5, "cuda")
+def test_distribution_of_a_long_row(filters: dict[str, Any], shared: bool) -> None:
+    cases.check_distribution(SamplingCase("steep", 20000, filters, batch_size=1), 10**6, "cuda", shared)
+
+
+@pytest.mark.parametrize("order", [None, "top_k_first", "joint"])
+def test_distribution_of_logits(order: str | None) -> None:
+    cases.check_distribution_of_logits(order, 10**6, "cuda")
+
+
+def test_distribution_of_speculative_sampling() -> None:
+    cases.check_distribution_of_chains(10**6, "cuda")
 
 
 @pytest.mark.parametrize("case", cases.RENORM_CASES, ids=str)
@@ -118,7 +129,15 @@ def _everything(probs: torch.Tensor, state: dict[str, Any]) -> list[torch.Tensor
         sampling.top_p_renorm_probs(probs, 0.7),
         sampling.top_k_mask_logits(logits, 30),
     ]
-    return [*samples, *rows, sampling.sampling_from_logits(logits, **state), *topk.top_k(probs, 30)]
+    from_logits = [
+        sampling.sampling_from_logits(logits, **state),
+        sampling.top_k_top_p_sampling_from_logits(logits, 30, 0.7, **state),
+    ]
+    count = len(probs) // 3  # as many chains of two proposals
+    draft, target = probs[: 2 * count].view(count, 2, -1), probs[-3 * count :].view(count, 3, -1)
+    tokens = torch.ones(count, 2, dtype=torch.int32, device=probs.device)
+    chains = sampling.chain_speculative_sampling(draft, tokens, target, **state)
+    return [*samples, *rows, *from_logits, *chains, *topk.top_k(probs, 30)]
 
 
 def test_no_host_sync() -> None:

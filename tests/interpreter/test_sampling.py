@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from flashtile import backend
+from flashtile.config import SamplingConfig
+from flashtile.reference.sampling import uniform
 from flashtile.testing import cases_sampling as cases
 from flashtile.testing.cases_sampling import SamplingCase
 
@@ -18,6 +21,7 @@ def test_sampler(case: SamplingCase) -> None:
 
 def test_distribution() -> None:
     cases.check_distribution(SamplingCase("steep", 30, batch_size=1), 200, "cpu")
+    cases.check_distribution(SamplingCase("steep", 30, {"top_p": 0.9}, batch_size=1), 100, "cpu", shared=False)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.RENORM_CASES if c.rows != "few" or "top_k" in c.filters], ids=str)
@@ -76,11 +80,29 @@ def test_large_batches_run_in_slices(filters: dict[str, Any], monkeypatch: pytes
     assert torch.equal(case.sampler()(case.probs("cpu"), seed=3), whole)
 
 
-def test_vocabulary_too_long() -> None:
-    from flashtile.kernels.sampling.rows import CHUNK, MAX_CHUNKS
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(chunk=512, sweep_warps=1, slots=64, sample=256, guess_warps=1),
+        SamplingConfig(chunk=4096, slots=1024, slot_tile=512, sigmas=3.0),
+        SamplingConfig(chunk=1024, sigmas=0.5),  # brackets that miss: rows are swept again
+    ],
+    ids=str,
+)
+def test_forced_config(config: SamplingConfig) -> None:
+    """Tiles may be any: the tokens are those of the definition."""
+    case = SamplingCase("steep", 5003, {"top_k": 700, "top_p": 0.95})
+    probs, ids = case.probs("cpu"), torch.empty(3, dtype=torch.int32)
+    launch = backend.kernels("sampling", probs.device).sample_from_probs
+    filters = (None, 700, None, 0.95, None, 0.0, False)
+    launch(ids, ids.bool(), probs, None, *filters, None, cases.SEED, None, cases.OFFSET, config=config)
+    for i, row in enumerate(probs):
+        cases.check_token(case, row, int(ids[i]), uniform(cases.SEED, cases.OFFSET, i))
 
+
+def test_vocabulary_too_long() -> None:
     with pytest.raises(NotImplementedError, match="vocab_size: more than 2097152 is not implemented on CUDA"):
-        SamplingCase("", CHUNK * MAX_CHUNKS + 1).sampler()(torch.empty(1, CHUNK * MAX_CHUNKS + 1))
+        SamplingCase("", 2**21 + 1).sampler()(torch.empty(1, 2**21 + 1))
 
 
 @pytest.mark.parametrize("row_len", cases.TOP_K_ROWS)

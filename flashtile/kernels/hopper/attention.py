@@ -74,7 +74,8 @@ RUNTIME = (
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
     items_ptr, kv_indices_ptr, turns_ptr,
-    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32, v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
+    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32,
+    v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
     heads_packed: I32, inverse_packed: I32, page_size: I32, boxes: I32, window_left: I32, window_reach: I32,
     scale: F32, cap_scale: F32, C: gl.constexpr,

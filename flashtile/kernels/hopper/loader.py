@@ -136,7 +136,7 @@ def load_lanes(ptr, count):
 
 @gluon.jit
 def of_lane(x, i):
-    """Lane i's value of x in all lanes: one shuffle, where a sum over a tensor's lanes takes five one after the other."""
+    """Lane i's value of x in all lanes: one shuffle, where a sum over a tensor's lanes takes five."""
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", [x, i], dtype=gl.int32, is_pure=False, pack=1
     )

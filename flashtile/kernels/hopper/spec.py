@@ -10,7 +10,7 @@ Barriers (mbarriers unless said otherwise):
   q_full[slot]             qk_loader (bytes landed)          -> consumers
   q_empty[slot]            one arrival per consumer           -> qk_loader, after the last S of the tile
   k_full, v_full[stage]    loaders (bytes landed)            -> consumers
-  tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears its tail
+  tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears it
   tile_full[4]             qk_loader published the next tile  -> consumers
   K_EMPTY, V_EMPTY + stage named barriers: all consumer threads arrive, the threads of the one loader wait
   TURN + w                 named barriers (ping-pong): consumer w waits before it issues its products, consumer w - 1

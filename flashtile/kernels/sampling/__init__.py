@@ -2,14 +2,17 @@
 
 Launches depend on shapes alone, and nothing waits for the GPU: all of it can be captured in a CUDA graph. On sm_90 the
 kernels of one call overlap (programmatic dependent launch): each is scheduled while the one before it ends, and loads
-what does not depend on it."""
+what does not depend on it.
+
+All take `config`, by default that of config.py for the vocabulary: tests and tuning runs force one."""
 
 from torch import Tensor
 
+from flashtile.config import SamplingConfig
 from flashtile.kernels.sampling import draw, threshold
 from flashtile.kernels.sampling.filters import mask_logits, renorm_probs
 from flashtile.kernels.sampling.logits import sample_from_logits, softmax
-from flashtile.kernels.sampling.rows import Random
+from flashtile.kernels.sampling.rows import Random, chunks_of
 from flashtile.kernels.sampling.select_ids import top_k
 from flashtile.kernels.sampling.speculative import chain_speculative
 from flashtile.kernels.sampling.threshold import Filters
@@ -42,16 +45,17 @@ def sample_from_probs(
     offset: Tensor | None,
     offset_value: int,
     pdl: bool | None = None,
+    config: SamplingConfig | None = None,
 ) -> None:
     """ids[i] from row indices[i] of probs [rows, vocab] under its filters; valid[i]: that row is a distribution."""
     if not len(ids):
         return
     random = Random(seed, seed_value, offset, offset_value)
     filters = Filters(top_k, top_k_value, top_p, top_p_value, joint)
-    on = filters.keywords(probs.shape[1])
+    on, chunks = filters.keywords(probs.shape[1]), chunks_of(probs.shape[1], config)
     if not (on["USE_K"] or on["USE_P"]):
-        draw.draw(ids, valid, probs, indices, min_p, min_p_value, random, pdl)
+        draw.draw(ids, valid, probs, indices, min_p, min_p_value, random, chunks, pdl)
     elif min_p is None and min_p_value == 0:
-        threshold.sample(ids, valid, probs, indices, filters, random, pdl)
+        threshold.sample(ids, valid, probs, indices, filters, random, chunks, pdl)
     else:
         raise NotImplementedError("min_p together with top_k or top_p is not implemented on CUDA")

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.kernels.sampling.rows import (
-    CHUNK_WARPS,
-    ROW_WARPS,
+    Chunks,
     Random,
     after,
     chunks_of,
@@ -100,55 +99,55 @@ def draw_kernel(
 
 def draw(
     ids: Tensor, valid: Tensor, probs: Tensor, indices: Tensor | None, min_p: Tensor | None, min_p_value: float,
-    random: Random, pdl: bool | None,
+    random: Random, chunks: Chunks, pdl: bool | None,
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs; min_p (0: off) for each output, or one for all."""
     if share_rows(probs, indices, min_p):
-        sums = [_masses(probs[part], None, None, min_p_value, pdl) for part in mass_slices(probs)]
+        sums = [_masses(probs[part], None, None, min_p_value, chunks, pdl) for part in _mass_slices(len(probs), chunks)]
         masses, thresholds = (torch.cat(x) for x in zip(*sums, strict=True))
-        draw_from_masses(ids, valid, probs, indices, masses, thresholds if min_p_value > 0 else None, random, True, pdl)
+        use = thresholds if min_p_value > 0 else None
+        draw_from_masses(ids, valid, probs, indices, masses, use, random, chunks, True, pdl)
         return
-    for part in mass_slices(probs, len(ids)):
+    for part in _mass_slices(len(ids), chunks):
         x, rows = rows_of(probs, indices, part)
-        masses, thresholds = _masses(x, rows, entries(min_p, part), min_p_value, pdl)
+        masses, thresholds = _masses(x, rows, entries(min_p, part), min_p_value, chunks, pdl)
         use = thresholds if min_p is not None or min_p_value > 0 else None
-        draw_from_masses(ids[part], valid[part], x, rows, masses, use, random.part(part), False, pdl)
+        draw_from_masses(ids[part], valid[part], x, rows, masses, use, random.part(part), chunks, False, pdl)
 
 
-def mass_slices(probs: Tensor, num_outputs: int | None = None) -> Iterator[slice]:
+def _mass_slices(count: int, chunks: Chunks) -> Iterator[slice]:
     """Runs of outputs, or rows, whose chunks' masses fit in the workspace."""
-    return slices(len(probs) if num_outputs is None else num_outputs, chunks_of(probs.shape[1]).padded * 8)
+    return slices(count, chunks.padded * 8)
 
 
 def _masses(
-    x: Tensor, rows: Tensor | None, min_p: Tensor | None, min_p_value: float, pdl: bool | None
+    x: Tensor, rows: Tensor | None, min_p: Tensor | None, min_p_value: float, chunks: Chunks, pdl: bool | None
 ) -> tuple[Tensor, Tensor]:
     """masses [outputs, NUM_CHUNKS] and thresholds [outputs] (of min_p)."""
-    chunks, overlap, count = chunks_of(x.shape[1]), overlaps(x, pdl), len(x) if rows is None else len(rows)
+    overlap, count, num_warps = overlaps(x, pdl), len(x) if rows is None else len(rows), chunks.config.chunk_warps
     use_min_p = 2 if min_p is not None else int(min_p_value > 0)
     masses, maxima = x.new_empty((2, count, chunks.padded), dtype=torch.float32)
     thresholds = x.new_empty(count, dtype=torch.float32)
     source = x, x.stride(0), rows, chunks.length, chunks.count
     grid, where = (count * chunks.count,), {"INDIRECT": rows is not None, **chunks.keywords}
     if use_min_p:
-        max_kernel[grid](maxima, *source, ENABLE_PDL=overlap, **where, num_warps=CHUNK_WARPS)
+        max_kernel[grid](maxima, *source, ENABLE_PDL=overlap, **where, num_warps=num_warps)
     mass_kernel[grid](
         masses, thresholds, maxima, *source, min_p, min_p_value,
-        USE_MIN_P=use_min_p, **where, **after(overlap, bool(use_min_p)), num_warps=CHUNK_WARPS,
+        USE_MIN_P=use_min_p, **where, **after(overlap, bool(use_min_p)), num_warps=num_warps,
     )  # fmt: skip
     return masses, thresholds
 
 
 def draw_from_masses(
     ids: Tensor, valid: Tensor, x: Tensor, rows: Tensor | None, masses: Tensor, thresholds: Tensor | None,
-    random: Random, shared: bool, pdl: bool | None,
+    random: Random, chunks: Chunks, shared: bool, pdl: bool | None,
 ) -> None:  # fmt: skip
     """Step 2; masses [outputs, NUM_CHUNKS] and thresholds [outputs], or of the rows of x, if these are shared."""
-    chunks = chunks_of(x.shape[1])
     draw_kernel[(len(ids),)](
         ids, valid, masses, thresholds, x, x.stride(0), rows, chunks.length, chunks.count, *random.arguments,
         INDIRECT=rows is not None, SHARED=shared, USE_THRESHOLD=thresholds is not None,
-        **random.keywords, **chunks.keywords, **after(overlaps(x, pdl)), num_warps=ROW_WARPS,
+        **random.keywords, **chunks.keywords, **after(overlaps(x, pdl)), num_warps=chunks.config.draw_warps,
     )  # fmt: skip
 
 
@@ -157,12 +156,13 @@ def compile_cases() -> Iterator[CompileCase]:
     ids, state = torch.empty(8, dtype=torch.int32, device="meta"), Random(None, 2**40, None, 0)
     for length, pdl in ((1000, False), (32000, False), (128256, False), (128256, True)):
         probs = torch.empty((8, length), device="meta")
-        launch = partial(draw, ids, ids.bool(), probs, None, None, 0.0, state, pdl)
+        chunks = chunks_of(length, None)
+        launch = partial(draw, ids, ids.bool(), probs, None, None, 0.0, state, chunks, pdl)
         yield from _recordings(f"vocab={length}", (mass_kernel, draw_kernel), launch, pdl)
-        launch = partial(draw, ids, ids.bool(), probs.bfloat16(), ids, ids.float(), 0.0, state, pdl)
+        launch = partial(draw, ids, ids.bool(), probs.bfloat16(), ids, ids.float(), 0.0, state, chunks, pdl)
         yield from _recordings(f"min_p vocab={length} bf16", (max_kernel, mass_kernel, draw_kernel), launch, pdl)
     many = torch.empty(1000, dtype=torch.int32, device="meta")
-    launch = partial(draw, many, many.bool(), probs, many, None, 0.5, state, False)
+    launch = partial(draw, many, many.bool(), probs, many, None, 0.5, state, chunks, False)
     yield from _recordings("min_p shared", (max_kernel, mass_kernel, draw_kernel), launch, False)
 
 

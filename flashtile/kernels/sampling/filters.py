@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.kernels.sampling.rows import CHUNK_WARPS, chunks_of, load_chunk
+from flashtile.config import SamplingConfig
+from flashtile.kernels.sampling.rows import chunks_of, load_chunk
 from flashtile.kernels.sampling.threshold import KERNELS, Filters, thresholds
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
@@ -50,28 +51,37 @@ def renorm_probs(
     top_p: Tensor | None,
     top_p_value: float,
     pdl: bool | None = None,
+    config: SamplingConfig | None = None,
 ) -> None:
     """out = the probabilities that are kept, relative to their sum [rows, vocab], fp32; NaN in a row that has none."""
     if not len(probs):
         return
-    chunks = chunks_of(probs.shape[1])
+    chunks = chunks_of(probs.shape[1], config)
     filters = Filters(top_k, top_k_value, top_p, top_p_value)
-    from_value, kept = thresholds(probs, filters, signed=False, mass=True, pdl=pdl)
+    from_value, kept = thresholds(probs, filters, chunks, signed=False, mass=True, pdl=pdl)
     renorm_kernel[(len(probs) * chunks.count,)](
         out, probs, probs.stride(0), from_value, kept, chunks.length, chunks.count,
-        **chunks.keywords, num_warps=CHUNK_WARPS,
+        **chunks.keywords, num_warps=chunks.config.chunk_warps,
     )  # fmt: skip
 
 
-def mask_logits(out: Tensor, logits: Tensor, top_k: Tensor | None, top_k_value: int, pdl: bool | None = None) -> None:
+def mask_logits(
+    out: Tensor,
+    logits: Tensor,
+    top_k: Tensor | None,
+    top_k_value: int,
+    pdl: bool | None = None,
+    config: SamplingConfig | None = None,
+) -> None:
     """out = logits [rows, vocab], fp32, with -inf below the k-th largest of the row."""
     if not len(logits):
         return
-    chunks = chunks_of(logits.shape[1])
-    from_value, _ = thresholds(logits, Filters(top_k, top_k_value), signed=True, mass=False, pdl=pdl)
+    chunks = chunks_of(logits.shape[1], config)
+    from_value, _ = thresholds(logits, Filters(top_k, top_k_value), chunks, signed=True, mass=False, pdl=pdl)
     mask_kernel[(len(logits) * chunks.count,)](
-        out, logits, logits.stride(0), from_value, chunks.length, chunks.count, CHUNK=chunks.size, num_warps=CHUNK_WARPS
-    )
+        out, logits, logits.stride(0), from_value, chunks.length, chunks.count,
+        CHUNK=chunks.size, num_warps=chunks.config.chunk_warps,
+    )  # fmt: skip
 
 
 def compile_cases() -> Iterator[CompileCase]:

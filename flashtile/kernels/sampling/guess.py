@@ -9,27 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtile.config import SamplingConfig, choose_sampling
 from flashtile.kernels.sampling.rows import row_of_output, row_value, sum2, window_of_row
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recorded
 
 RUN = 8  # consecutive entries of the sample: a 32-byte sector
-SIGMAS = 4.0  # half the width of a bracket, in standard errors: a row in 10,000 is outside
 GRAIN = 17  # bits of a float that guesses leave 0: their values are 1.6 % apart
 NO_LIMIT = 2**31 - 1  # top_k that is off
 
 _RUN = tl.constexpr(RUN)
-_SIGMAS = tl.constexpr(SIGMAS)
 _GRAIN = tl.constexpr(GRAIN)
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 _LOWEST = tl.constexpr(-0x7F800001 >> GRAIN)  # -inf
 _HIGHEST = tl.constexpr(0x7F800000 >> GRAIN)  # inf
 _OCTAVE = tl.constexpr(1 << (23 - GRAIN))  # coarse keys between x and 2 x
-
-
-def sample_size(length: int) -> int:
-    """Entries to sample from rows of `length`: a larger sample makes the guess slower, and the bracket narrower."""
-    return 1024 if length <= 65536 else 2048
 
 
 @triton.jit
@@ -91,10 +85,10 @@ def first_key(x, out_key, in_key, fewer, mass, COUNT: tl.constexpr, MASS: tl.con
 
 
 @triton.jit
-def guess_top_k(x, wanted, low_key):
+def guess_top_k(x, wanted, low_key, SIGMAS: tl.constexpr):
     """Coarse keys (lo, hi) around the value that `wanted` entries of the sample exceed, a real number."""
-    slack = _SIGMAS * tl.sqrt(wanted)
-    out_above = tl.ceil(wanted + slack + _SIGMAS).to(tl.int32)  # a Poisson number's upper tail is the longer one
+    slack = SIGMAS * tl.sqrt(wanted)
+    out_above = tl.ceil(wanted + slack + SIGMAS).to(tl.int32)  # a Poisson number's upper tail is the longer one
     in_above = tl.floor(wanted - slack).to(tl.int32)
     lo = first_key(x, low_key, _HIGHEST, out_above, 0.0, COUNT=True, MASS=False) - 1
     hi = tl.cast(_HIGHEST, tl.int32)
@@ -104,7 +98,7 @@ def guess_top_k(x, wanted, low_key):
 
 
 @triton.jit
-def guess_top_p(x, tail, floor):
+def guess_top_p(x, tail, floor, SIGMAS: tl.constexpr):
     """Coarse keys (lo, hi) around the value up to which the entries of the sample have the mass `tail`; it is above
     floor.
 
@@ -114,7 +108,7 @@ def guess_top_p(x, tail, floor):
     top = (key_of(tl.max(x, 0)) >> _GRAIN) + 1
     best = first_key(x, key_of(floor) >> _GRAIN, top, 8, tail, COUNT=True, MASS=True)
     lower = tl.where(x <= coarse_value(best), x, 0.0)
-    slack = _SIGMAS * tl.sqrt(tl.sum(lower * lower, 0))
+    slack = SIGMAS * tl.sqrt(tl.sum(lower * lower, 0))
     lo = first_key(x, tl.maximum(best - _OCTAVE, 0), best, 8, tail - slack, COUNT=True, MASS=True) - 1
     end = tl.minimum(best + _OCTAVE, _HIGHEST)
     hi = first_key(x, lo, end, 0, tail + slack, COUNT=False, MASS=True)
@@ -125,11 +119,12 @@ def guess_top_p(x, tail, floor):
 def guess_bracket(
     row_ptr, length, k, top_p,
     USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr, SIGNED: tl.constexpr, SAMPLE: tl.constexpr,
+    SIGMAS: tl.constexpr,
 ):  # fmt: skip
     """(lo, hi): all but surely keep(lo) is false and keep(hi) is true.
 
-    The sample's counts and masses estimate the row's, with the standard error of a random sample; rows are taken to sum
-    to 1. Of two filters the one that keeps less decides.
+    The sample's counts and masses estimate the row's, with the standard error of a random sample, of which the bracket
+    is SIGMAS wide to either side; rows are taken to sum to 1. Of two filters the one that keeps less decides.
     """
     offs = tl.arange(0, SAMPLE)
     offs = offs // _RUN * (length // (SAMPLE // _RUN)) + offs % _RUN
@@ -142,7 +137,7 @@ def guess_bracket(
     has_p = top_p < 1.0
     if USE_K:  # noqa: SIM102 (one is known to the compiler, the other to the GPU)
         if has_k:
-            lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key)
+            lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key, SIGMAS)
             if K_FIRST:
                 hi = tl.cast(
                     _HIGHEST, tl.int32
@@ -150,7 +145,7 @@ def guess_bracket(
     if USE_P:  # noqa: SIM102
         if has_p & ~(has_k & K_FIRST):
             tail = 1.0 - top_p
-            lo_p, hi_p = guess_top_p(x, tail * share, tail / length.to(tl.float32) * 0.5)
+            lo_p, hi_p = guess_top_p(x, tail * share, tail / length.to(tl.float32) * 0.5, SIGMAS)
             lo = tl.maximum(lo, lo_p)
             hi = tl.maximum(hi, hi_p)
     low_end = -float("inf") if SIGNED else 0.0
@@ -163,7 +158,7 @@ def guess_bracket(
 def guess_kernel(
     brackets_ptr, x_ptr, stride_x, indices_ptr, lengths_ptr, starts_ptr, length, top_k_ptr, top_k, top_p_ptr, top_p,
     INDIRECT: tl.constexpr, WINDOW: tl.constexpr, USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr,
-    SIGNED: tl.constexpr, SAMPLE: tl.constexpr, ENABLE_PDL: tl.constexpr,
+    SIGNED: tl.constexpr, SAMPLE: tl.constexpr, SIGMAS: tl.constexpr, ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Step 1, one program for each output: brackets[output] = lo, hi."""
     output = tl.program_id(0)
@@ -172,20 +167,21 @@ def guess_kernel(
     row = row_of_output(indices_ptr, output, INDIRECT)
     row_ptr, length = window_of_row(x_ptr + row * stride_x, length, starts_ptr, lengths_ptr, output, WINDOW)
     k, p = filters_of_row(top_k_ptr, top_k, top_p_ptr, top_p, output, length, USE_K, USE_P)
-    lo, hi = guess_bracket(row_ptr, length, k, p, USE_K > 0, USE_P > 0, K_FIRST, SIGNED, SAMPLE)
+    lo, hi = guess_bracket(row_ptr, length, k, p, USE_K > 0, USE_P > 0, K_FIRST, SIGNED, SAMPLE, SIGMAS)
     tl.store(brackets_ptr + output * 2, lo)
     tl.store(brackets_ptr + output * 2 + 1, hi)
 
 
 def guess(
-    brackets: Tensor, rows: tuple[Any, ...], filters: tuple[Any, ...], *, length: int, overlap: bool, **constexprs: Any
-) -> None:
+    brackets: Tensor, rows: tuple[Any, ...], filters: tuple[Any, ...], *, config: SamplingConfig, overlap: bool,
+    **constexprs: Any,
+) -> None:  # fmt: skip
     """brackets [outputs, 2] of rows (x, stride_x, indices, lengths, starts, length) under filters (top_k_ptr, top_k,
     top_p_ptr, top_p)."""
-    sample = sample_size(length)
     guess_kernel[(len(brackets),)](
-        brackets, *rows, *filters, **constexprs, SAMPLE=sample, ENABLE_PDL=overlap, num_warps=sample // 512
-    )
+        brackets, *rows, *filters, **constexprs, SAMPLE=config.sample, SIGMAS=config.sigmas, ENABLE_PDL=overlap,
+        num_warps=config.guess_warps,
+    )  # fmt: skip
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -195,7 +191,6 @@ def compile_cases() -> Iterator[CompileCase]:
         x, tensor = torch.empty((8, length), device="meta"), torch.empty(8, device="meta")
         rows, filters = (x, length, None, None, None, length), (tensor.int(), 40, tensor, 0.9)
         on = {"USE_K": use_k, "USE_P": use_p, "K_FIRST": bool(use_k and use_p), "SIGNED": not use_p}
-        launch = partial(
-            guess, brackets, rows, filters, length=length, overlap=False, INDIRECT=False, WINDOW=False, **on
-        )
+        run = {"config": choose_sampling(length), "overlap": False, "INDIRECT": False, "WINDOW": False, **on}
+        launch = partial(guess, brackets, rows, filters, **run)
         yield recorded(f"guess vocab={length} k={use_k} p={use_p}", guess_kernel, launch)

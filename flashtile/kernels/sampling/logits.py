@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtile.config import SamplingConfig
 from flashtile.kernels.sampling.rows import (
-    CHUNK_WARPS,
-    ROW_WARPS,
+    Chunks,
     Random,
     after,
     chunks_of,
@@ -127,54 +127,62 @@ def sample_from_logits(
     offset: Tensor | None,
     offset_value: int,
     pdl: bool | None = None,
+    config: SamplingConfig | None = None,
 ) -> None:
     """ids[i] from the softmax of row indices[i] of logits [rows, vocab]; valid[i]: some logit of it is above -inf."""
     if not len(ids):
         return
     random, overlap = Random(seed, seed_value, offset, offset_value), overlaps(logits, pdl)
+    chunks = chunks_of(logits.shape[1], config)
     if share_rows(logits, indices):
-        sums = torch.cat([_exp_sums(logits[part], None, overlap) for part in _sum_slices(logits, len(logits))])
-        _draw(ids, valid, logits, indices, sums, random, True, overlap)
+        sums = torch.cat([_exp_sums(logits[part], None, chunks, overlap) for part in _sum_slices(len(logits), chunks)])
+        _draw(ids, valid, logits, indices, sums, random, chunks, True, overlap)
         return
-    for part in _sum_slices(logits, len(ids)):
+    for part in _sum_slices(len(ids), chunks):
         x, rows = rows_of(logits, indices, part)
-        _draw(ids[part], valid[part], x, rows, _exp_sums(x, rows, overlap), random.part(part), False, overlap)
+        sums = _exp_sums(x, rows, chunks, overlap)
+        _draw(ids[part], valid[part], x, rows, sums, random.part(part), chunks, False, overlap)
 
 
-def _sum_slices(logits: Tensor, count: int) -> Iterator[slice]:
-    return slices(count, chunks_of(logits.shape[1]).padded * 8)
+def _sum_slices(count: int, chunks: Chunks) -> Iterator[slice]:
+    return slices(count, chunks.padded * 8)
 
 
-def _exp_sums(x: Tensor, rows: Tensor | None, overlap: bool) -> Tensor:
+def _exp_sums(x: Tensor, rows: Tensor | None, chunks: Chunks, overlap: bool) -> Tensor:
     """sums [outputs, 2, NUM_CHUNKS], as `exp_sums_kernel` says."""
-    chunks, count = chunks_of(x.shape[1]), len(x) if rows is None else len(rows)
+    count = len(x) if rows is None else len(rows)
     sums = x.new_empty((count, 2, chunks.padded), dtype=torch.float32)
     exp_sums_kernel[(count * chunks.count,)](
         sums, x, x.stride(0), rows, chunks.length, chunks.count, None, 1.0,
-        INDIRECT=rows is not None, TEMPERATURES=False, ENABLE_PDL=overlap, **chunks.keywords, num_warps=CHUNK_WARPS,
+        INDIRECT=rows is not None, TEMPERATURES=False, ENABLE_PDL=overlap, **chunks.keywords,
+        num_warps=chunks.config.chunk_warps,
     )  # fmt: skip
     return sums
 
 
 def _draw(
-    ids: Tensor, valid: Tensor, x: Tensor, rows: Tensor | None, sums: Tensor, random: Random, shared: bool,
-    overlap: bool,
+    ids: Tensor, valid: Tensor, x: Tensor, rows: Tensor | None, sums: Tensor, random: Random, chunks: Chunks,
+    shared: bool, overlap: bool,
 ) -> None:  # fmt: skip
-    chunks = chunks_of(x.shape[1])
     draw_from_logits_kernel[(len(ids),)](
         ids, valid, sums, x, x.stride(0), rows, chunks.length, chunks.count, *random.arguments,
         INDIRECT=rows is not None, SHARED=shared, **random.keywords, **chunks.keywords, **after(overlap),
-        num_warps=ROW_WARPS,
+        num_warps=chunks.config.draw_warps,
     )  # fmt: skip
 
 
 def softmax(
-    out: Tensor, logits: Tensor, temperature: Tensor | None, temperature_value: float, pdl: bool | None = None
+    out: Tensor,
+    logits: Tensor,
+    temperature: Tensor | None,
+    temperature_value: float,
+    pdl: bool | None = None,
+    config: SamplingConfig | None = None,
 ) -> None:
     """out = softmax(logits / temperature) [rows, vocab], fp32; zeros for a row of -inf alone."""
     if not len(logits):
         return
-    chunks, overlap = chunks_of(logits.shape[1]), overlaps(logits, pdl)
+    chunks, overlap = chunks_of(logits.shape[1], config), overlaps(logits, pdl)
     grid = (len(logits) * chunks.count,)
     heat = {"TEMPERATURES": temperature is not None}
     sums = None
@@ -182,11 +190,11 @@ def softmax(
         sums = logits.new_empty((len(logits), 2, chunks.padded), dtype=torch.float32)
         exp_sums_kernel[grid](
             sums, logits, logits.stride(0), None, chunks.length, chunks.count, temperature, temperature_value,
-            INDIRECT=False, ENABLE_PDL=overlap, **heat, **chunks.keywords, num_warps=CHUNK_WARPS,
+            INDIRECT=False, ENABLE_PDL=overlap, **heat, **chunks.keywords, num_warps=chunks.config.chunk_warps,
         )  # fmt: skip
     softmax_kernel[grid](
         out, sums, logits, logits.stride(0), chunks.length, chunks.count, temperature, temperature_value,
-        **heat, **chunks.keywords, **after(overlap and chunks.count > 1), num_warps=CHUNK_WARPS,
+        **heat, **chunks.keywords, **after(overlap and chunks.count > 1), num_warps=chunks.config.chunk_warps,
     )  # fmt: skip
 
 

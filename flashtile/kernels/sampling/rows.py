@@ -6,20 +6,16 @@ nothing but the row: not on the batch around it, nor on how many programs share 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile import config
+from flashtile.config import SamplingConfig, capability, choose_sampling
 
-CHUNK = (
-    2048  # ids: 8 KB of fp32, 32 per thread of 2 warps; a vocabulary of 128k makes 63 programs, enough for batch size 1
-)
 MAX_CHUNKS = 1024  # of a row: one program adds up the chunks' sums
-CHUNK_WARPS = 2  # 32 entries, eight 16-byte loads, per thread
-ROW_WARPS = 8  # a program with a row to itself: there are few, so latency counts
 WORKSPACE_BYTES = 2**28
 
 
@@ -147,12 +143,14 @@ def draw_token(row_ptr, length, kept, keep_from, u, NUM_CHUNKS: tl.constexpr, CH
 
 @dataclass(frozen=True)
 class Chunks:
-    """A row of `length` entries in chunks: their number, also rounded up to a power of two, and their size."""
+    """A row of `length` entries in chunks: their number, also rounded up to a power of two, and their size; and how the
+    kernels run."""
 
     length: int
     count: int
     padded: int
     size: int
+    config: SamplingConfig
 
     @property
     def keywords(self) -> dict[str, int]:
@@ -160,15 +158,17 @@ class Chunks:
         return {"NUM_CHUNKS": self.padded, "CHUNK": self.size}
 
 
-def chunks_of(length: int) -> Chunks:
-    """How rows of `length` are cut. NotImplementedError for rows too long."""
-    size = min(CHUNK, max(128, triton.next_power_of_2(length)))
+@cache
+def chunks_of(length: int, config: SamplingConfig | None) -> Chunks:
+    """How rows of `length` are cut, by the config given or the one chosen. NotImplementedError for rows too long."""
+    config = config or choose_sampling(length)
+    size = min(config.chunk, max(128, triton.next_power_of_2(length)))
     count = triton.cdiv(length, size)
     if count > MAX_CHUNKS:
         raise NotImplementedError(
-            f"vocab_size: more than {CHUNK * MAX_CHUNKS} is not implemented on CUDA, got {length}"
+            f"vocab_size: more than {config.chunk * MAX_CHUNKS} is not implemented on CUDA, got {length}"
         )
-    return Chunks(length, count, triton.next_power_of_2(count), size)
+    return Chunks(length, count, triton.next_power_of_2(count), size, config)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def slices(num_outputs: int, bytes_per_output: int) -> Iterator[slice]:
 def overlaps(x: Tensor, pdl: bool | None = None) -> bool:
     """Whether the kernels of a call overlap on the device of x: on sm_90, unless pdl is False. Of meta tensors (compile
     tests), as pdl says."""
-    return bool(pdl) if x.is_meta else config.capability(x.device) >= (9, 0) and pdl is not False
+    return bool(pdl) if x.is_meta else capability(x.device) >= (9, 0) and pdl is not False
 
 
 def after(overlap: bool, wait: bool = True) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.kernels.sampling.rows import CHUNK_WARPS, ROW_WARPS, chunks_of, load_chunk, window_of_row
+from flashtile.config import SamplingConfig
+from flashtile.kernels.sampling.rows import chunks_of, load_chunk, window_of_row
 from flashtile.kernels.sampling.threshold import KERNELS, Filters, thresholds
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
@@ -79,22 +80,25 @@ def top_k(
     lengths: Tensor | None,
     prefer_large_ids: bool,
     pdl: bool | None = None,
+    config: SamplingConfig | None = None,
 ) -> None:
     """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start; then -1."""
     if not len(input):
         return
-    k, chunks = ids.shape[1], chunks_of(input.shape[1])
+    k, chunks = ids.shape[1], chunks_of(input.shape[1], config)
     from_value, _ = thresholds(
-        input, Filters(top_k_value=k), signed=True, mass=False, exact=True, starts=starts, lengths=lengths, pdl=pdl
-    )
+        input, Filters(top_k_value=k), chunks, signed=True, mass=False, exact=True, starts=starts, lengths=lengths,
+        pdl=pdl,
+    )  # fmt: skip
     counts = ids.new_empty((len(input), 2, chunks.padded))
     grid = (len(input) * chunks.count,)
     windows = lengths, starts, chunks.length, chunks.count
     options = {"WINDOW": starts is not None or lengths is not None, **chunks.keywords}
-    count_kernel[grid](counts, input, input.stride(0), from_value, *windows, **options, num_warps=CHUNK_WARPS)
+    num_warps = chunks.config.chunk_warps
+    count_kernel[grid](counts, input, input.stride(0), from_value, *windows, **options, num_warps=num_warps)
     write_ids_kernel[grid](
         ids, ids.stride(0), k, input, input.stride(0), from_value, counts, *windows,
-        LARGE_IDS=prefer_large_ids, BLOCK_K=BLOCK_K, **options, num_warps=ROW_WARPS,
+        LARGE_IDS=prefer_large_ids, BLOCK_K=BLOCK_K, **options, num_warps=chunks.config.draw_warps,
     )  # fmt: skip
 
 

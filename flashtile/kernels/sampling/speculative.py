@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtile.config import SamplingConfig
 from flashtile.kernels.sampling.rows import (
-    CHUNK_WARPS,
-    ROW_WARPS,
     Random,
     chunks_of,
     find_chunk,
@@ -123,12 +122,13 @@ def chain_speculative(
     seed_value: int,
     offset: Tensor | None,
     offset_value: int,
+    config: SamplingConfig | None = None,
 ) -> None:
     """ids [batch, n + 1] from proposals [batch, n]; the counters [batch] are added to."""
     batch_size, num_tokens = draft_token_ids.shape
     if not batch_size:
         return
-    random, chunks = Random(seed, seed_value, offset, offset_value), chunks_of(draft_probs.shape[2])
+    random, chunks = Random(seed, seed_value, offset, offset_value), chunks_of(draft_probs.shape[2], config)
     ends = ids.new_empty(batch_size)
     masses = ids.new_empty((batch_size, 2, chunks.padded), dtype=torch.float32)
     probs = (
@@ -141,11 +141,12 @@ def chain_speculative(
         **random.keywords, BLOCK=triton.next_power_of_2(num_tokens + 1), num_warps=1,
     )  # fmt: skip
     last_masses_kernel[(batch_size * chunks.count,)](
-        masses, ends, *probs, num_tokens, chunks.length, chunks.count, **chunks.keywords, num_warps=CHUNK_WARPS
-    )
+        masses, ends, *probs, num_tokens, chunks.length, chunks.count,
+        **chunks.keywords, num_warps=chunks.config.chunk_warps,
+    )  # fmt: skip
     last_token_kernel[(batch_size,)](
         ids, ids.stride(0), masses, ends, *probs, num_tokens, chunks.length, chunks.count, *random.arguments,
-        **random.keywords, **chunks.keywords, num_warps=ROW_WARPS,
+        **random.keywords, **chunks.keywords, num_warps=chunks.config.draw_warps,
     )  # fmt: skip
 
 

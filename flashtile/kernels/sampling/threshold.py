@@ -23,9 +23,7 @@ from torch import Tensor
 from flashtile.kernels.sampling.draw import draw_from_masses, draw_kernel
 from flashtile.kernels.sampling.guess import NO_LIMIT, filters_of_row, guess, guess_kernel, key_of, value_of
 from flashtile.kernels.sampling.rows import (
-    CHUNK_WARPS,
     NO_RANDOM,
-    ROW_WARPS,
     Chunks,
     Random,
     after,
@@ -45,10 +43,6 @@ from flashtile.kernels.sampling.rows import (
 )
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
-
-SLOTS = 512  # per chunk of 2048: brackets cover some 5 % of a flat distribution, 10 % at worst
-ROW_REGISTERS = 128  # per thread of step 3: left to itself, ptxas aims at fewer, and spills
-SLOT_TILE = 2048  # slots looked at together: 8 per thread of 8 warps
 
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 _KEY_OF_INF = tl.constexpr(0x7F800000)
@@ -423,23 +417,23 @@ def share_of(p, masses):
 
 def sample(
     ids: Tensor, valid: Tensor, probs: Tensor, indices: Tensor | None, filters: Filters, random: Random,
-    pdl: bool | None,
+    chunks: Chunks, pdl: bool | None,
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs under filters."""
     if share_rows(probs, indices, filters.top_k, filters.top_p):
-        from_value, kept = thresholds(probs, filters, signed=False, mass=True, pdl=pdl)
-        draw_from_masses(ids, valid, probs, indices, kept, from_value, random, True, pdl)
+        from_value, kept = thresholds(probs, filters, chunks, signed=False, mass=True, pdl=pdl)
+        draw_from_masses(ids, valid, probs, indices, kept, from_value, random, chunks, True, pdl)
         return
-    search = Search(signed=False, mass=True, pdl=pdl)
-    for part in _search_slices(len(ids), probs.shape[1]):
+    search = Search(chunks, signed=False, mass=True, pdl=pdl)
+    for part in _search_slices(len(ids), chunks):
         x, rows = rows_of(probs, indices, part)
         outputs = (ids[part], valid[part], None, None)
         _search(x, part, filters.part(part), outputs, search, random=random.part(part), indices=rows)
 
 
 def thresholds(
-    x: Tensor, filters: Filters, *, signed: bool, mass: bool, exact: bool = False, starts: Tensor | None = None,
-    lengths: Tensor | None = None, pdl: bool | None = None,
+    x: Tensor, filters: Filters, chunks: Chunks, *, signed: bool, mass: bool, exact: bool = False,
+    starts: Tensor | None = None, lengths: Tensor | None = None, pdl: bool | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The thresholds [rows] of x, and (mass) the mass that each chunk keeps [rows, NUM_CHUNKS].
 
@@ -447,25 +441,25 @@ def thresholds(
     [rows], the entries that count.
     """
     from_value = x.new_empty(len(x), dtype=torch.float32)
-    kept = x.new_empty((len(x), chunks_of(x.shape[1]).padded if mass else 0), dtype=torch.float32)
-    search = Search(signed, mass, exact, pdl)
-    for part in _search_slices(len(x), x.shape[1]):
+    kept = x.new_empty((len(x), chunks.padded if mass else 0), dtype=torch.float32)
+    search = Search(chunks, signed, mass, exact, pdl)
+    for part in _search_slices(len(x), chunks):
         outputs = (None, None, from_value[part], kept[part])
         windows = {"starts": entries(starts, part), "lengths": entries(lengths, part)}
         _search(x[part], part, filters.part(part), outputs, search, **windows)
     return from_value, kept
 
 
-def _search_slices(num_outputs: int, length: int) -> Iterator[slice]:
+def _search_slices(num_outputs: int, chunks: Chunks) -> Iterator[slice]:
     """Runs of outputs to search for at once."""
-    chunks = chunks_of(length)
-    return slices(num_outputs, chunks.padded * (SLOTS + 8) * 4 if chunks.count > 1 else 4)
+    return slices(num_outputs, chunks.padded * (chunks.config.slots + 8) * 4 if chunks.count > 1 else 4)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched for: see `thresholds`."""
+    """What is searched for, and in what: see `thresholds`."""
 
+    chunks: Chunks
     signed: bool
     mass: bool
     exact: bool = False
@@ -478,7 +472,8 @@ def _search(
     lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The three steps, for one slice of outputs; rows of one chunk need only the last."""
-    chunks, overlap, count = chunks_of(x.shape[1]), overlaps(x, search.pdl), part.stop - part.start
+    chunks, overlap, count = search.chunks, overlaps(x, search.pdl), part.stop - part.start
+    config = chunks.config
     on = filters.keywords(x.shape[1]) | {"SIGNED": search.signed}
     rows = x, x.stride(0), indices, lengths, starts, chunks.length
     where = {"INDIRECT": indices is not None, "WINDOW": starts is not None or lengths is not None}
@@ -486,25 +481,25 @@ def _search(
     work: tuple[Tensor | None, ...] = (None,) * 4
     if not whole:
         work = slots, counts, masses, brackets = _workspace(x, count, chunks)
-        guess(brackets, rows, filters.arguments, length=chunks.length, overlap=overlap, **where, **on)
+        guess(brackets, rows, filters.arguments, config=config, overlap=overlap, **where, **on)
         sweep_kernel[(count * chunks.count,)](
             slots, counts, masses, brackets, *rows, chunks.count,
-            **where, USE_K=on["USE_K"] > 0, MASS=search.mass, SLOTS=SLOTS, **chunks.keywords, **after(overlap),
-            num_warps=CHUNK_WARPS,
+            **where, USE_K=on["USE_K"] > 0, MASS=search.mass, SLOTS=config.slots, **chunks.keywords, **after(overlap),
+            num_warps=config.sweep_warps,
         )  # fmt: skip
     state = random or NO_RANDOM
     select_kernel[(count,)](
         *outputs, *work, *rows, chunks.count, *filters.arguments, *state.arguments,
-        **where, **on, MASS=search.mass, EXACT=search.exact, DRAW=random is not None, WHOLE=whole, SLOTS=SLOTS,
-        WIDTH=max(SLOT_TILE // chunks.padded, 4), **state.keywords, **chunks.keywords, **after(overlap, not whole),
-        num_warps=ROW_WARPS, maxnreg=ROW_REGISTERS,
+        **where, **on, MASS=search.mass, EXACT=search.exact, DRAW=random is not None, WHOLE=whole,
+        SLOTS=config.slots, WIDTH=max(config.slot_tile // chunks.padded, 4), **state.keywords, **chunks.keywords,
+        **after(overlap, not whole), num_warps=config.select_warps, maxnreg=config.select_registers,
     )  # fmt: skip
 
 
 def _workspace(x: Tensor, num_outputs: int, chunks: Chunks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """slots, counts, masses (see `sweep_chunk`) and brackets."""
     shape = num_outputs, chunks.padded
-    slots, masses = (x.new_empty((*shape, n), dtype=torch.float32) for n in (SLOTS, 3))
+    slots, masses = (x.new_empty((*shape, n), dtype=torch.float32) for n in (chunks.config.slots, 3))
     return (
         slots,
         x.new_empty((*shape, 2), dtype=torch.int32),
@@ -526,18 +521,18 @@ def compile_cases() -> Iterator[CompileCase]:
         "joint": Filters(None, 40, None, 0.9, True),
     }
     for length, pdl in ((1000, False), (32000, False), (128256, True)):
-        probs = torch.empty((8, length), device="meta")
+        probs, chunks = torch.empty((8, length), device="meta"), chunks_of(length, None)
         for kind, filters in kinds.items():
-            yield from _recordings(
-                f"{kind} vocab={length}", partial(sample, *out, probs, None, filters, state, pdl), pdl
-            )
+            launch = partial(sample, *out, probs, None, filters, state, chunks, pdl)
+            yield from _recordings(f"{kind} vocab={length}", launch, pdl)
     probs, tensors = probs.bfloat16(), Filters(ids, 0, ids.float(), 1.0)
     state = Random(ids.long(), 0, ids.long(), 0)
-    yield from _recordings("tensors bf16", partial(sample, *out, probs, ids, tensors, state, False))
+    yield from _recordings("tensors bf16", partial(sample, *out, probs, ids, tensors, state, chunks, False))
     for mass in (False, True):
-        launch = partial(thresholds, probs, Filters(None, 40), signed=not mass, mass=mass, pdl=False)
+        launch = partial(thresholds, probs, Filters(None, 40), chunks, signed=not mass, mass=mass, pdl=False)
         yield from _recordings(f"thresholds bf16 mass={mass}", launch)
-    launch = partial(thresholds, probs, Filters(None, 40), signed=True, mass=False, starts=ids, lengths=ids, pdl=False)
+    windows = {"starts": ids, "lengths": ids}
+    launch = partial(thresholds, probs, Filters(None, 40), chunks, signed=True, mass=False, pdl=False, **windows)
     yield from _recordings("thresholds of windows bf16", launch)
 
 
