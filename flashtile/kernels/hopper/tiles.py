@@ -1,9 +1,9 @@
 """The list of work tiles: which tile a CTA takes next, and how the loader tells the consumers.
 
 `work` is (items_ptr, turns_ptr, heads_per_item, its inverse, inverse of groups_per_kv_head). The plan's turns say which
-tile each CTA takes in each round; tile t is head group t % heads_per_item of entry t // heads_per_item, and -1 means no
-more. A loader reads a tile's number two tiles ahead and its entry one tile ahead, one field per lane; qk_loader hands it
-over through a ring in shared memory. HEAD then holds the tile's own head group, or -1 after the last tile.
+tile each CTA takes in each round: tile t is head group t % heads_per_item of entry t // heads_per_item; -1: no more. A
+loader reads a tile's number two tiles ahead and its entry one tile ahead, one field per lane; qk_loader hands it over
+through a ring in shared memory. HEAD then holds the tile's own head group, or -1 after the last tile.
 """
 
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
