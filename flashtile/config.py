@@ -98,12 +98,12 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
                 f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'"
             )
         return hopper(problem, work)
-    if (
-        backend == "auto"
-        and work.max_qo_len * problem.group_size > 64
-        and hopper_refusal(problem, capability(device)) is None
-    ):
-        return hopper(problem, work)  # tiles full of query rows: bound by arithmetic (benchmarks/NOTES.md, prefill)
+    rows = work.max_qo_len * problem.group_size
+    # Where one row of tensor-core tiles holds a group, the portable family reads K and V as fast as memory gives them.
+    # 64 rows over 4k tokens of 64 requests: 370 us, portable 378; 16 rows by token, causal: 376, portable 416.
+    narrow = rows <= 16 and (problem.window_right < 0 or problem.page_size >= 8)
+    if backend == "auto" and not narrow and hopper_refusal(problem, capability(device)) is None:
+        return hopper(problem, work)
     return portable(problem, work, capability(device), num_sms(device))
 
 
@@ -132,7 +132,7 @@ def hopper(p: Problem, w: Workload) -> Config:
     )
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if rows <= 64:  # one consumer: bound by memory
-        return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0)
+        return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0, overlap=True)
     # The list: all tiles of one KV head one after the other, so that they find it in L2. Where tiles differ in length,
     # longest first in sections whose KV fits there: MHA at 2k tokens takes 442 us with 32 MB a section, 515 with 64 MB.
     uneven = p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len
@@ -141,6 +141,7 @@ def hopper(p: Problem, w: Workload) -> Config:
     return Config(
         "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=group // pack,
         section_tiles=max(section, 1) if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
+        overlap=True,
     )  # fmt: skip
 
 
