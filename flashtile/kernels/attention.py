@@ -100,7 +100,8 @@ def attend(
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     WAYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles [BLOCK_M, BLOCK_V], all fp32.
+    """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles, all fp32: [BLOCK_M, BLOCK_V] for each
+    part of V, or one of all its dims.
 
     With WAYS > 1 each warp walks the keys alone that are its part of a step: states and tiles have one more dimension,
     WAYS, in front, and no step waits for what another warp found. Below, -1 and -2 are the last dimensions in either
@@ -159,6 +160,8 @@ def attend(
         values = V_DECODE(load_rows(v_ptr, v_rows, cols_v, in_range, MASKED, V_WIDTH, BLOCK_V))
         if V_FORM == "group":
             values = rescale_groups(values, v_scale, v_zero, page, row, in_range, V_BIAS, V_WIDTH, V_GROUP, BLOCK_V)
+        if len(acc) < len(values):
+            values = (whole(values),)
         p = p.to(V_TYPE)
         if V_FORM != "group" and v_zero is not None:
             zero = load_factor(v_zero, page, row, in_range, MASKED) - V_BIAS
@@ -233,8 +236,9 @@ def attention_kernel(
     K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
+    V_TILES: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
 
@@ -296,8 +300,9 @@ def attention_kernel(
     m = l + NEG_INF
     shift = l
     acc = ()
-    for _ in tl.static_range(V_PARTS):
-        acc = acc + (tl.zeros([BLOCK_M, BLOCK_V] if WAYS == 1 else [WAYS, BLOCK_M, BLOCK_V], tl.float32),)
+    TILE: tl.constexpr = BLOCK_V * V_PARTS // V_TILES
+    for _ in tl.static_range(V_TILES):
+        acc = acc + (tl.zeros([BLOCK_M, TILE] if WAYS == 1 else [WAYS, BLOCK_M, TILE], tl.float32),)
     if WAYS > 1:
         q = each_way(q, WAYS)
     k = (k_ptr + kv_head * stride_kh, stride_kp, stride_kn, k_scale, k_zero)
@@ -481,6 +486,7 @@ def constexprs(
 ) -> dict[str, object]:
     """What the mainloop is specialised on; alike: K and V have the same page and token strides."""
     k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
+    block_k, block_v, v_tiles = tile_widths(p, c)
     return {
         "KV_ROW": kv.paged_row if p.paged else kv.contiguous_row,
         "LOGITS": variants.soft_capped if p.logits_soft_cap > 0 else variants.plain,
@@ -490,8 +496,8 @@ def constexprs(
         "V_FORM": scales.v.form if scales.v else "none",
         "K_BIAS": codec.BIAS[p.k_format],
         "V_BIAS": codec.BIAS[p.v_format],
-        "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts),
-        "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts),
+        "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts, block_k),
+        "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts, block_v),
         "K_TYPE": product_type(p.q_dtype, p.k_format, scales.k),
         "V_TYPE": product_type(p.q_dtype, p.v_format, scales.v),
         "PAGE_SIZE": p.page_size,
@@ -504,10 +510,11 @@ def constexprs(
         "D_VO": p.head_dim_vo,
         "K_PARTS": k_parts,
         "V_PARTS": v_parts,
+        "V_TILES": v_tiles,
         "K_WIDTH": p.head_dim_qk // k_parts,
         "V_WIDTH": p.head_dim_vo // v_parts,
-        "BLOCK_K": block_width(p.head_dim_qk, k_parts),
-        "BLOCK_V": block_width(p.head_dim_vo, v_parts),
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "WAYS": c.ways,
@@ -517,17 +524,31 @@ def constexprs(
     }
 
 
-def group_width(scale: Factor | None, head_dim: int, parts: int) -> int:
-    """Words of a row that share a scale (if all do: those of a block); 0 unless scales come in groups."""
+def group_width(scale: Factor | None, head_dim: int, parts: int, block: int) -> int:
+    """Words of a row that share a scale (if all do: the block); 0 unless scales come in groups."""
     if scale is None or scale.form != "group":
         return 0
     groups = scale.values.shape[-1]
-    return block_width(head_dim, parts) if groups == 1 else head_dim // groups // parts
+    return block if groups == 1 else head_dim // groups // parts
 
 
-def block_width(head_dim: int, parts: int) -> int:
-    """Words of a row, filled up to what the tensor cores take."""
-    return max(triton.next_power_of_2(head_dim // parts), 16)
+def tile_widths(p: Problem, c: Config) -> tuple[int, int, int]:
+    """Words of a row of K and of V, filled up to what the tensor cores take, and in how many tiles V is multiplied: one
+    for each part, or one of all.
+
+    Where wgmma takes K and V from one place in shared memory and V's rows are the narrower ones, ptxas 12.8 (Triton
+    3.6) makes it read V where a register points that nothing has written. So V's rows are as wide as K's there, or 128
+    bytes, which are swizzled as wider ones are.
+    """
+    k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
+    block_k, block_v = (
+        max(triton.next_power_of_2(dim // parts), 16)
+        for dim, parts in ((p.head_dim_qk, k_parts), (p.head_dim_vo, v_parts))
+    )
+    least = min(block_k, 64)
+    if not c.has_wgmma or c.block_m < 64 or block_v >= least:
+        return block_k, block_v, v_parts
+    return block_k, max(block_v, least // v_parts), 1
 
 
 def product_type(q_dtype: torch.dtype, kv_format: str, scale: Factor | None) -> tl.dtype:
@@ -568,6 +589,13 @@ def compile_cases() -> list[CompileCase]:
               )],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
+            _case("prefill.dim64x16", sm, half, 1024, window_right=0, head_dim_qk=64, head_dim_vo=16),
+            _case("append.int8.dim96x64", sm, half, 8, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  head_dim_qk=96, head_dim_vo=64),
+            _case("prefill.int8.dim128x64", sm, half, 1024, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  head_dim_vo=64),
+            _case("prefill.int8.int4", sm, half, 1024, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  v_dtype=torch.uint8),
             _case("decode.int4.dim512", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.uint8,
                   head_dim_qk=512, head_dim_vo=512),
             _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8,
@@ -604,7 +632,8 @@ def _case(
     signature |= dict.fromkeys(("items_ptr", "kv_indices_ptr"), "*i32")
     signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
     signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")
-    constants = constexprs(problem, config, has_sinks="variants" in name, scales=scales)
+    alike = (problem.k_format, problem.head_dim_qk) == (problem.v_format, problem.head_dim_vo)
+    constants = constexprs(problem, config, has_sinks="variants" in name, alike=alike, scales=scales)
     for argument, factor in zip(
         ("k", "v", "k_zero", "v_zero"), (scales.k, scales.v, scales.k_zero, scales.v_zero), strict=True
     ):
