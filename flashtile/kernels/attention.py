@@ -27,17 +27,22 @@ MERGE = tl.constexpr(MERGE_STRIDE)
 
 @triton.jit
 def dot(a, b, acc, PARTS_OF: tl.constexpr):
-    """acc + a @ b in fp32; b is one of PARTS_OF parts. fp32 operands are multiplied in fp64: sums of TF32 products, or
-    of 512 fp32 ones in a row, err more than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on
-    the
-    GPUs that serve models. Parts are in fp32 (Triton 3.6 cannot compile fp64 products of words of 16 bits), but
-    shorter."""
+    """acc + a @ b in fp32 (in fp64 if the operands are fp32 and acc is None, or fp64); b is one of PARTS_OF parts.
+
+    fp32 operands are multiplied in fp64: sums of TF32 products, or of fp32 ones in a row, err more than twice as much
+    as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that serve models.
+    """
     if a.dtype == tl.float32:
-        if PARTS_OF == 1:
-            product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        if PARTS_OF > 1:
+            # a sum of one: Triton fits a product's layout to the 16-bit words that b came from, unless it sees none
+            b = tl.sum(tl.expand_dims(b, -1), -1)
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        if acc is None:
+            return product
+        elif acc.dtype == tl.float64:
+            return acc + product
         else:
-            product = tl.dot(a, b, input_precision="ieee")
-        return product if acc is None else acc + product
+            return acc + product.to(tl.float32)
     elif acc is None:
         return tl.dot(a, b)
     else:
@@ -133,6 +138,7 @@ def attend(
         s = dot(q[0], turned(keys[0].to(K_TYPE)), None, len(keys))
         for i in tl.static_range(1, len(keys)):
             s = dot(q[i], turned(keys[i].to(K_TYPE)), s, len(keys))
+        s = s.to(tl.float32)
         if K_FORM != "group":
             if k_zero is not None:
                 zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
@@ -589,6 +595,9 @@ def compile_cases() -> list[CompileCase]:
               )],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
+            _case("decode.fp32.int4.group", sm, full, 1, _scales("group"), page_size=16, kv_dtype=torch.uint8),
+            _case("decode.fp32.int8.dim256", sm, full, 1, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  head_dim_qk=256, head_dim_vo=256),
             _case("prefill.dim64x16", sm, half, 1024, window_right=0, head_dim_qk=64, head_dim_vo=16),
             _case("append.int8.dim96x64", sm, half, 8, _scales("token"), page_size=16, kv_dtype=torch.int8,
                   head_dim_qk=96, head_dim_vo=64),
