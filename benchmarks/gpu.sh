@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # One script for a machine with a CUDA GPU and no network: tests, compute-sanitizer, benchmarks.
 #
-#   bash benchmarks/gpu.sh test [pytest options]       the whole suite; the GPU tests are part of it
+#   bash benchmarks/gpu.sh test [pytest options]       the whole suite; the GPU tests are part of it. $WORKERS processes
+#                                                      if pytest-xdist is there, but the timer's tests run alone
 #   bash benchmarks/gpu.sh sanitize [pytest options]   memcheck and racecheck over GPU tests (default: -k "$SANITIZE")
 #   bash benchmarks/gpu.sh bench [benchmarks options]  python -m benchmarks
 #   bash benchmarks/gpu.sh all                         the three, one after the other
 #
-# Logs and figures go to $OUT (default benchmarks/out), a short table to the end of the output. Packages that the machine
-# lacks (pytest, hypothesis, ...) may lie as wheels in .whl/; they are installed into a folder of /tmp.
+# Logs and figures go to $OUT (default benchmarks/out), a short table to the end of the output. Packages that the
+# machine lacks (pytest, hypothesis, ...) may lie as wheels in .whl/; they are installed into a folder of /tmp. With
+# KEEP_CACHE=1 the compiled kernels are left as $OUT/cache.tar.*; a later run finds these files in .gpu/.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,6 +17,8 @@ OUT=${OUT:-benchmarks/out}
 PYTHON=${PYTHON:-python3}
 SANITIZE=${SANITIZE:-}        # pytest -k expression; empty: every test of tests/gpu
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-240}  # for each tool
+WORKERS=${WORKERS:-12}        # test processes that share the GPU
+KEEP_CACHE=${KEEP_CACHE:-0}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
 
@@ -24,6 +28,33 @@ if compgen -G '.whl/*.whl' >/dev/null; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 
+if compgen -G '.gpu/cache.tar.*' >/dev/null || [ "$KEEP_CACHE" = 1 ]; then
+  export TRITON_CACHE_DIR=/tmp/flashtile-cache
+  mkdir -p "$TRITON_CACHE_DIR"
+fi
+if compgen -G '.gpu/cache.tar.*' >/dev/null; then  # tar needs a program for each compression, Python has gzip and xz
+  cat .gpu/cache.tar.* >/tmp/flashtile-cache.tar
+  tar -C "$TRITON_CACHE_DIR" -xf /tmp/flashtile-cache.tar ||
+    "$PYTHON" -m tarfile -e /tmp/flashtile-cache.tar "$TRITON_CACHE_DIR" || exit
+fi
+
+# The cache without the stages before PTX, which no launch reads, in parts of less than 16 MB
+pack_cache() {
+  rm -f "$OUT"/cache.tar.*
+  local squeeze suffix=xz
+  if command -v zstd >/dev/null; then
+    squeeze=(zstd -19 -T0 -q) suffix=zst
+  elif command -v xz >/dev/null; then
+    squeeze=(xz -1 -T0)
+  else
+    squeeze=("$PYTHON" -c 'import lzma, sys
+with lzma.open(sys.stdout.buffer, "w", preset=1) as out:
+    while block := sys.stdin.buffer.read(1 << 20): out.write(block)')
+  fi
+  tar -C "$TRITON_CACHE_DIR" --exclude='*.source' --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' -c . |
+    "${squeeze[@]}" | split -b 15M -d - "$OUT/cache.tar.$suffix."
+}
+
 summary=()
 failed=0
 # run NAME command...: all output into $OUT/NAME.log and to the terminal; the exit code and last line into the summary
@@ -32,15 +63,18 @@ run() {
   shift
   echo "== $name: $*"
   "$@" 2>&1 | tee "$log" || code=$?
-  [ "$code" = 0 ] || failed=1
+  [ "$code" = 0 ] || [ "$code" = 5 ] || failed=1  # 5: pytest's options chose none of these tests
   summary+=("$(printf '%-12s exit %-3s %4s s  %s' "$name" "$code" $((SECONDS - begin)) "$(grep -v '^ *$' "$log" | tail -n 1 | cut -c1-100)")")
 }
 
 tests() {
-  run test "$PYTHON" -m pytest tests --ignore=tests/interpreter -p no:cacheprovider "$@"
+  local timing=tests/gpu/test_benchmarks.py workers=() options=(-p no:cacheprovider -rf "$@")
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(--numprocesses "$WORKERS" --dist worksteal)
+  run test "$PYTHON" -m pytest tests --ignore=tests/interpreter --ignore="$timing" "${workers[@]}" "${options[@]}"
+  run timing "$PYTHON" -m pytest "$timing" "${options[@]}"
   # the interpreter's variable must be set before Triton is imported: a process of its own, which needs no GPU
   if "$PYTHON" -c 'import numpy, sys; sys.exit(tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4))'; then
-    CUDA_VISIBLE_DEVICES='' run interpreter "$PYTHON" -m pytest tests/interpreter -p no:cacheprovider "$@"
+    CUDA_VISIBLE_DEVICES='' run interpreter "$PYTHON" -m pytest tests/interpreter "${workers[@]}" "${options[@]}"
   else
     summary+=("interpreter  not run: it needs numpy < 2.4, as in requirements/constraints.txt")
   fi
@@ -69,8 +103,9 @@ case $command in
   sanitize) sanitize "$@" ;;
   bench) bench "$@" ;;
   all) tests; sanitize; bench ;;
-  *) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
+[ "$KEEP_CACHE" = 0 ] || pack_cache
 
 { nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "no GPU"; printf '%s\n' "${summary[@]}"; } | tee "$OUT/summary.txt"
 exit $failed

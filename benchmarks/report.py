@@ -55,7 +55,7 @@ def make_row(case: BenchCase, peer: str, timing: Timing, ceilings: Ceilings, abo
         p90_us=round(timing.p90_us, 3),
         tflops=round(case.flops / us / 1e6, 2),
         gbps=round(case.bytes / us / 1e3, 1),
-        percent_of_ceiling=round(100 * floor_us / us, 1),
+        percent_of_ceiling=round(100 * floor_us / us, 3),  # a small case by a slow peer: 0.04
         **about,
     )
 

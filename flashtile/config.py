@@ -43,6 +43,7 @@ class Config:
     ways: int = 1
     max_registers: int | None = None
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
+    has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
@@ -147,7 +148,7 @@ def hopper(p: Problem, w: Workload) -> Config:
 
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
-    return replace(_portable_row(p, w, sm, sms), has_e4m3=sm >= (8, 9))
+    return replace(_portable_row(p, w, sm, sms), has_e4m3=sm >= (8, 9), has_wgmma=sm[0] == 9)
 
 
 def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Config:

@@ -53,7 +53,7 @@ def random_state(
         return RandomState(*values[0], *values[1])
     if offset is not None:
         raise ValueError("offset: got one without seed; give both, or neither")
-    if generator is not None and generator.device.type != "cpu" and generator.device != device:
+    if generator is not None and generator.device.type != "cpu" and _with_index(generator.device) != device:
         raise ValueError(f"generator: expected one of the CPU or of {device}, got one of {generator.device}")
     if generator is not None and torch.compiler.is_compiling():
         raise checks.not_implemented("generator", "under torch.compile give seed and offset, as tensors")
@@ -68,6 +68,11 @@ def random_state(
         source.set_offset(state.offset_value + _PHILOX_STEP)
         return state
     return RandomState(None, int(torch.randint(2**63 - 1, (1,), generator=generator)), None, 0)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """A device with its index: that of torch.Generator("cuda") has none, and means the current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _number(name: str, x: int | Tensor, batch_size: int, device: torch.device) -> tuple[Tensor | None, int]:

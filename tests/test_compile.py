@@ -1,4 +1,5 @@
-"""Every kernel compiles for sm_80 and sm_90 on a machine without a GPU, without spilling registers.
+"""Every kernel compiles for sm_80 and sm_90 on a machine without a GPU, without spilling registers or reading ones that
+nothing wrote.
 
 With FLASHTILE_COMPILE=sample only the first case of each kernel is compiled: enough to see that another Triton takes
 them.
@@ -13,7 +14,8 @@ import pytest
 import triton
 
 import flashtile.kernels
-from flashtile.testing.compile import CompileCase, compile_for
+from flashtile.testing.compile import CompileCase, compile_for, disassemble
+from flashtile.testing.sass import unwritten_registers
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 CAPABILITIES = (80, 90)
@@ -50,6 +52,25 @@ def test_compiles_without_spills(case: CompileCase, capability: int) -> None:
     compiled = compile_for(case, capability)
     allowed = NEWER_TRITON_SPILLS.get(case.kernel.__module__, 0)
     assert compiled.spill_bytes <= allowed, f"{compiled.spill_bytes} bytes spilled with {compiled.registers} registers"
+    assert unwritten_registers(disassemble(compiled.cubin)) == []
+
+
+SASS = """
+        /*0000*/                   ULDC UR4, c[0x0][0x210] ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0020*/                   UIADD3.64 UR6, UR4, 0x4, URZ ;
+        /*0030*/                   HGMMA.64x32x16.F32 R24, R28, gdesc[UR4].tnspB, R24 ;
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0050*/                   UIADD3 UR6, UP0, UR6, 0x40, URZ ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_registers_that_nothing_wrote() -> None:
+    assert unwritten_registers(SASS) == ["UIADD3.64 UR6, UR4, 0x4, URZ", "UIADD3 UR6, UP0, UR6, 0x40, URZ"]
+    assert unwritten_registers(SASS.replace("ULDC UR4", "ULDC.64 UR4").replace("@P0 BRA", "NOP")) == []
 
 
 def test_every_kernel_module_has_cases() -> None:

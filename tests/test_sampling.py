@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from flashtile import sampling, topk
 from flashtile.config import SamplingConfig
 from flashtile.kernels.cpu import sampling as cpu
+from flashtile.randomness import random_state
 from flashtile.reference import sampling as reference
 from flashtile.testing import cases_sampling as cases
 from flashtile.testing.cases_sampling import SamplingCase
@@ -167,6 +169,20 @@ def test_default_generator() -> None:
     torch.manual_seed(3)
     assert draws == [_draw(), _draw()]
     assert draws[0] != draws[1]
+
+
+@pytest.mark.parametrize(("of", "current"), [("cuda", 1), ("cuda", 0), ("cuda:1", 0), ("cuda:0", 1)])
+def test_generator_of_a_gpu(monkeypatch: pytest.MonkeyPatch, of: str, current: int) -> None:
+    """torch.Generator("cuda") names no index: it is of the current device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    generator = Mock(device=torch.device(of), initial_seed=lambda: 5, get_offset=lambda: 8)
+    if of == "cuda:1" or (of, current) == ("cuda", 1):
+        assert random_state(generator, None, None, 3, torch.device("cuda:1")) == (None, 5, None, 8)
+        generator.set_offset.assert_called_once_with(12)
+    else:
+        with pytest.raises(ValueError, match=f"generator: expected one of the CPU or of cuda:1, got one of {of}"):
+            random_state(generator, None, None, 3, torch.device("cuda:1"))
 
 
 def test_seed_and_offset() -> None:

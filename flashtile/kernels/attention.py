@@ -27,17 +27,22 @@ MERGE = tl.constexpr(MERGE_STRIDE)
 
 @triton.jit
 def dot(a, b, acc, PARTS_OF: tl.constexpr):
-    """acc + a @ b in fp32; b is one of PARTS_OF parts. fp32 operands are multiplied in fp64: sums of TF32 products, or
-    of 512 fp32 ones in a row, err more than twice as much as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on
-    the
-    GPUs that serve models. Parts are in fp32 (Triton 3.6 cannot compile fp64 products of words of 16 bits), but
-    shorter."""
+    """acc + a @ b in fp32 (in fp64 if the operands are fp32 and acc is None, or fp64); b is one of PARTS_OF parts.
+
+    fp32 operands are multiplied in fp64: sums of TF32 products, or of fp32 ones in a row, err more than twice as much
+    as PyTorch's, and fp64 is as fast as fp32 outside of TF32 on the GPUs that serve models.
+    """
     if a.dtype == tl.float32:
-        if PARTS_OF == 1:
-            product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        if PARTS_OF > 1:
+            # a sum of one: Triton fits a product's layout to the 16-bit words that b came from, unless it sees none
+            b = tl.sum(tl.expand_dims(b, -1), -1)
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        if acc is None:
+            return product
+        elif acc.dtype == tl.float64:
+            return acc + product
         else:
-            product = tl.dot(a, b, input_precision="ieee")
-        return product if acc is None else acc + product
+            return acc + product.to(tl.float32)
     elif acc is None:
         return tl.dot(a, b)
     else:
@@ -100,7 +105,8 @@ def attend(
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     WAYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles [BLOCK_M, BLOCK_V], all fp32.
+    """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles, all fp32: [BLOCK_M, BLOCK_V] for each
+    part of V, or one of all its dims.
 
     With WAYS > 1 each warp walks the keys alone that are its part of a step: states and tiles have one more dimension,
     WAYS, in front, and no step waits for what another warp found. Below, -1 and -2 are the last dimensions in either
@@ -132,6 +138,7 @@ def attend(
         s = dot(q[0], turned(keys[0].to(K_TYPE)), None, len(keys))
         for i in tl.static_range(1, len(keys)):
             s = dot(q[i], turned(keys[i].to(K_TYPE)), s, len(keys))
+        s = s.to(tl.float32)
         if K_FORM != "group":
             if k_zero is not None:
                 zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
@@ -159,6 +166,8 @@ def attend(
         values = V_DECODE(load_rows(v_ptr, v_rows, cols_v, in_range, MASKED, V_WIDTH, BLOCK_V))
         if V_FORM == "group":
             values = rescale_groups(values, v_scale, v_zero, page, row, in_range, V_BIAS, V_WIDTH, V_GROUP, BLOCK_V)
+        if len(acc) < len(values):
+            values = (whole(values),)
         p = p.to(V_TYPE)
         if V_FORM != "group" and v_zero is not None:
             zero = load_factor(v_zero, page, row, in_range, MASKED) - V_BIAS
@@ -233,8 +242,9 @@ def attention_kernel(
     K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
-    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
+    V_TILES: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
 
@@ -296,8 +306,9 @@ def attention_kernel(
     m = l + NEG_INF
     shift = l
     acc = ()
-    for _ in tl.static_range(V_PARTS):
-        acc = acc + (tl.zeros([BLOCK_M, BLOCK_V] if WAYS == 1 else [WAYS, BLOCK_M, BLOCK_V], tl.float32),)
+    TILE: tl.constexpr = BLOCK_V * V_PARTS // V_TILES
+    for _ in tl.static_range(V_TILES):
+        acc = acc + (tl.zeros([BLOCK_M, TILE] if WAYS == 1 else [WAYS, BLOCK_M, TILE], tl.float32),)
     if WAYS > 1:
         q = each_way(q, WAYS)
     k = (k_ptr + kv_head * stride_kh, stride_kp, stride_kn, k_scale, k_zero)
@@ -493,6 +504,7 @@ def constexprs(
 ) -> dict[str, object]:
     """What the mainloop is specialised on; alike: K and V have the same page and token strides."""
     k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
+    block_k, block_v, v_tiles = tile_widths(p, c)
     return {
         "KV_ROW": kv.paged_row if p.paged else kv.contiguous_row,
         "LOGITS": variants.soft_capped if p.logits_soft_cap > 0 else variants.plain,
@@ -502,8 +514,8 @@ def constexprs(
         "V_FORM": scales.v.form if scales.v else "none",
         "K_BIAS": codec.BIAS[p.k_format],
         "V_BIAS": codec.BIAS[p.v_format],
-        "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts),
-        "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts),
+        "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts, block_k),
+        "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts, block_v),
         "K_TYPE": product_type(p.q_dtype, p.k_format, scales.k),
         "V_TYPE": product_type(p.q_dtype, p.v_format, scales.v),
         "PAGE_SIZE": p.page_size,
@@ -516,10 +528,11 @@ def constexprs(
         "D_VO": p.head_dim_vo,
         "K_PARTS": k_parts,
         "V_PARTS": v_parts,
+        "V_TILES": v_tiles,
         "K_WIDTH": p.head_dim_qk // k_parts,
         "V_WIDTH": p.head_dim_vo // v_parts,
-        "BLOCK_K": block_width(p.head_dim_qk, k_parts),
-        "BLOCK_V": block_width(p.head_dim_vo, v_parts),
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "WAYS": c.ways,
@@ -529,17 +542,31 @@ def constexprs(
     }
 
 
-def group_width(scale: Factor | None, head_dim: int, parts: int) -> int:
-    """Words of a row that share a scale (if all do: those of a block); 0 unless scales come in groups."""
+def group_width(scale: Factor | None, head_dim: int, parts: int, block: int) -> int:
+    """Words of a row that share a scale (if all do: the block); 0 unless scales come in groups."""
     if scale is None or scale.form != "group":
         return 0
     groups = scale.values.shape[-1]
-    return block_width(head_dim, parts) if groups == 1 else head_dim // groups // parts
+    return block if groups == 1 else head_dim // groups // parts
 
 
-def block_width(head_dim: int, parts: int) -> int:
-    """Words of a row, filled up to what the tensor cores take."""
-    return max(triton.next_power_of_2(head_dim // parts), 16)
+def tile_widths(p: Problem, c: Config) -> tuple[int, int, int]:
+    """Words of a row of K and of V, filled up to what the tensor cores take, and in how many tiles V is multiplied: one
+    for each part, or one of all.
+
+    Where wgmma takes K and V from one place in shared memory and V's rows are the narrower ones, ptxas 12.8 (Triton
+    3.6) makes it read V where a register points that nothing has written. So V's rows are as wide as K's there, or 128
+    bytes, which are swizzled as wider ones are.
+    """
+    k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
+    block_k, block_v = (
+        max(triton.next_power_of_2(dim // parts), 16)
+        for dim, parts in ((p.head_dim_qk, k_parts), (p.head_dim_vo, v_parts))
+    )
+    least = min(block_k, 64)
+    if not c.has_wgmma or c.block_m < 64 or block_v >= least:
+        return block_k, block_v, v_parts
+    return block_k, max(block_v, least // v_parts), 1
 
 
 def product_type(q_dtype: torch.dtype, kv_format: str, scale: Factor | None) -> tl.dtype:
@@ -580,6 +607,16 @@ def compile_cases() -> list[CompileCase]:
               )],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
+            _case("decode.fp32.int4.group", sm, full, 1, _scales("group"), page_size=16, kv_dtype=torch.uint8),
+            _case("decode.fp32.int8.dim256", sm, full, 1, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  head_dim_qk=256, head_dim_vo=256),
+            _case("prefill.dim64x16", sm, half, 1024, window_right=0, head_dim_qk=64, head_dim_vo=16),
+            _case("append.int8.dim96x64", sm, half, 8, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  head_dim_qk=96, head_dim_vo=64),
+            _case("prefill.int8.dim128x64", sm, half, 1024, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  head_dim_vo=64),
+            _case("prefill.int8.int4", sm, half, 1024, _scales("token"), page_size=16, kv_dtype=torch.int8,
+                  v_dtype=torch.uint8),
             _case("decode.int4.dim512", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.uint8,
                   head_dim_qk=512, head_dim_vo=512),
             _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8,
@@ -620,7 +657,8 @@ def _case(
     signature |= dict.fromkeys(("items_ptr", "kv_indices_ptr"), "*i32")
     signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
     signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")
-    constants = constexprs(problem, config, has_sinks="variants" in name, scales=scales)
+    alike = (problem.k_format, problem.head_dim_qk) == (problem.v_format, problem.head_dim_vo)
+    constants = constexprs(problem, config, has_sinks="variants" in name, alike=alike, scales=scales)
     for argument, factor in zip(
         ("k", "v", "k_zero", "v_zero"), (scales.k, scales.v, scales.k_zero, scales.v_zero), strict=True
     ):

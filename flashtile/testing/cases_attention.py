@@ -83,7 +83,7 @@ CASES: list[AttentionCase] = [
     *_sweep(replace(_PREFILL, kv_lens=(45,), qo_lens=(45,)), "head_dim", (16, 40, 96, 128, 192, 256, 512)),
     *[
         replace(_APPEND, name=f"append.dims={a}x{b}", head_dim=a, head_dim_vo=b)
-        for a, b in ((192, 128), (96, 64), (64, 96))
+        for a, b in ((192, 128), (96, 64), (64, 96), (64, 16))
     ],
     *_sweep(_DECODE, "page_size", _PAGES),
     *_sweep(_APPEND, "page_size", (1, 3, 17, 64)),
@@ -163,6 +163,10 @@ QUANTISED_CASES: list[AttentionCase] = [
     _stored(_APPEND, "int8", "token", window_left=16),
     _stored(_RAGGED, "int4", "group32", True, kv_layout="HND"),
     _stored(_APPEND, "int8", "token", head_dim=96, head_dim_vo=64),
+    _stored(_APPEND, "int8", "token", head_dim=128),
+    _stored(_APPEND, "int8/int4", "token", True, head_dim=128),
+    _stored(_APPEND, "int4", "group32", True, head_dim=128, head_dim_vo=64),
+    _stored(_RAGGED, "plain/int8", "token"),
 ]  # fmt: skip
 CASES += QUANTISED_CASES
 

@@ -84,6 +84,17 @@ def compile_for(case: CompileCase, capability: int) -> Compiled:
     return Compiled(registers, spills, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"], log)
 
 
+def disassemble(cubin: bytes) -> str:
+    """SASS, by the nvdisasm that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _ptxas_log(ptx: str, capability: int, maxnreg: int | None) -> str:
     target = re.search(r"\.target (sm_\w+)", ptx)
     assert target is not None, "PTX without a .target line"

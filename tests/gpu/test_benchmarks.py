@@ -1,4 +1,4 @@
-"""The timer and the runner on a CUDA device."""
+"""The timer and the runner on a CUDA device, which must have nothing else to do meanwhile."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from flashtile.testing.timing import measure_ceilings, time_graph
 def test_an_evicted_buffer_is_slower_to_read() -> None:
     x = torch.randn(2**22, device="cuda")  # 16 MB: fits in L2
     cold, warm = time_graph(x.sum, cold_l2=True), time_graph(x.sum, cold_l2=False)
-    assert warm.median_us < cold.median_us
+    assert warm.min_us < cold.min_us  # the rounds that nothing disturbed
 
 
 def test_ceilings_are_plausible() -> None:
@@ -32,5 +32,5 @@ def test_a_run(tmp_path: Path) -> None:
     )
     rows = read_rows(out)
     assert {row.case.partition("/")[0] for row in rows} >= {"prefill", "paged", "append", "decode", "elem", "sample"}
-    assert all(0 < row.percent_of_ceiling < 120 for row in rows)
+    assert [row for row in rows if not 0 < row.percent_of_ceiling < 120] == []
     assert {"sdpa.flash", "torch"} <= {row.peer for row in rows}

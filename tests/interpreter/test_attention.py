@@ -21,16 +21,16 @@ from flashtile.testing.tolerance import assert_close
 DTYPES = (torch.float16, torch.float32)
 
 
-def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0) -> Config:
+def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0, sm: tuple[int, int] = (8, 0)) -> Config:
     problem = problem_of(case, dtype)
     lens = case.query_lens
     work = Workload(len(lens), sum(lens), max(lens, default=0), sum(case.kv_lens), max(case.kv_lens))
-    return replace(portable(problem, work, (8, 0)), kv_chunk=kv_chunk)
+    return replace(portable(problem, work, sm), kv_chunk=kv_chunk, overlap=False)
 
 
-def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
+def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0)) -> None:
     x = make_inputs(case, dtype)
-    wrapper = make_wrapper(x, "cpu", config=config_for(case, dtype, kv_chunk))
+    wrapper = make_wrapper(x, "cpu", config=config_for(case, dtype, kv_chunk, sm))
     out, lse = run_case(x, wrapper)
     oracle, oracle_lse = expected(x, torch.float64)
     peer, peer_lse = expected(x, dtype)
@@ -41,6 +41,15 @@ def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_portable(case: AttentionCase) -> None:
     check(case, torch.float16, 0)
+
+
+NARROW_V = [c for c in CASES if c.qo_lens and (c.dim_vo < c.head_dim or c.k_cache != c.v_cache)]
+
+
+@pytest.mark.parametrize("case", NARROW_V, ids=str)
+def test_portable_for_wgmma(case: AttentionCase) -> None:
+    """V is laid out differently there where it is narrower than K (tile_widths)."""
+    check(case, torch.float16, 0, (9, 0))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.head_dim == 64 and c.heads == (4, 2)], ids=str)
