@@ -25,9 +25,9 @@ from flashtile.plan.plan import Lengths, Plan, make_plan
 from flashtile.plan.problem import FORMATS, Problem
 from flashtile.plan.scales import Scales
 from flashtile.plan.worklist import Ints
+from flashtile.pos_encoding import PosEncoding
 from flashtile.scales import Scale, read_scales
 
-POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 PagedKV = Tensor | tuple[Tensor, Tensor]
 
 
@@ -64,14 +64,6 @@ def cache_dtypes(kv_data_type: KVDType, q_dtype: torch.dtype) -> tuple[torch.dty
                 f"uint8 for packed int4; got {dtype}"
             )
     return k_dtype, v_dtype
-
-
-def check_pos_encoding(mode: str) -> None:
-    """KeyError for an unknown mode; NotImplementedError for those not built."""
-    if mode not in POS_ENCODING_MODES:
-        raise KeyError(f"Invalid pos_encoding_mode {mode!r}: expected one of {', '.join(POS_ENCODING_MODES)}")
-    if mode != "NONE":
-        raise not_implemented("pos_encoding_mode", f"{mode}; rotate q and k before the call (flashtile.rope)")
 
 
 def reject(**arguments: Any) -> None:
@@ -384,6 +376,7 @@ def single(
     window_left: int,
     logits_soft_cap: float | None,
     sm_scale: float | None,
+    encoding: PosEncoding,
     backend: str = "auto",
     o_dtype: torch.dtype | None = None,
     **scales: Scale,
@@ -413,6 +406,8 @@ def single(
         window_left=window_left,
         window_right=0 if causal else -1,
         logits_soft_cap=logits_soft_cap or 0.0,
+        rope=encoding.rope,
+        alibi=encoding.alibi,
     )
     plan = _single_plan(problem, q.shape[0], k.shape[0], q.device, backend)
     out = torch.empty(q.shape[0], problem.num_qo_heads, problem.head_dim_vo, dtype=problem.o_dtype, device=q.device)

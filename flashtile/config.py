@@ -118,6 +118,8 @@ def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:
         return (
             f"it takes q, cache and out all in float16 or all in bfloat16, got {p.q_dtype}, {p.kv_dtype}, {p.o_dtype}"
         )
+    if p.rope is not None or p.alibi:
+        return f"pos_encoding_mode {'ALIBI' if p.alibi else 'ROPE_LLAMA'}: it takes q and k as they are"
     if (p.head_dim_qk, p.head_dim_vo) not in HOPPER_DIMS:
         dims = ", ".join(f"{qk}/{vo}" for qk, vo in sorted(HOPPER_DIMS))
         return f"head_dim_qk/head_dim_vo {p.head_dim_qk}/{p.head_dim_vo}: it has {dims}"
@@ -144,7 +146,28 @@ def hopper(p: Problem, w: Workload) -> Config:
 
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
-    return replace(_portable_row(p, w, sm, sms), has_e4m3=sm >= (8, 9))
+    row = _portable_row(p, w, sm, sms)
+    return replace(_with_rope(p, row, sm) if p.rope else row, has_e4m3=sm >= (8, 9))
+
+
+def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
+    """A row for keys that are rotated as they are read: halves, angles and products take registers, so tiles that are
+    full of them shrink. Compiled for sm_80 and sm_90 without spills; not timed yet."""
+    wide = max(p.head_dim_qk, p.head_dim_vo)
+    if p.q_dtype == torch.float32:
+        return row
+    if row.block_m == 16 and wide <= 128:
+        # two KV blocks of half the rows in flight are the bytes of one whole. 128 registers keep four CTAs an SM, 168
+        # three; both are said, since ptxas left alone spills a few bytes
+        fits = not p.quantised and p.window_left < 0 and not p.logits_soft_cap
+        return replace(row, block_n=32, num_stages=5, max_registers=128 if fits else 168)
+    if row.block_m > 16 and wide > 256:
+        return replace(row, block_m=16, block_n=16)
+    if wide > 128 and row.block_m == 64 and sm < (9, 0):
+        return replace(row, block_m=32)
+    if wide <= 128 and row.block_m == 64:
+        return replace(row, block_n=32)
+    return row
 
 
 def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Config:

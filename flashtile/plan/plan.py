@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from flashtile.config import Config, num_sms
+from flashtile.plan.encoding import alibi_slopes, frequencies
 from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import ITEM_STRIDE, MERGE_STRIDE, Ints, make_worklist
 
@@ -47,6 +49,7 @@ class Plan:
     items: Tensor  # [num_items, ITEM_STRIDE] int32
     merges: Tensor  # [num_merges, MERGE_STRIDE] int32
     kv_indices: Tensor  # page ids, int32; any int32 tensor if the KV is ragged
+    table: Tensor  # fp32: the rope's radians per token [head_dim_qk / 2], or ALiBi's slopes [num_qo_heads]; or empty
     num_slots: int
     lengths: Lengths
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
@@ -95,7 +98,8 @@ def make_plan(
     work = make_worklist(
         lengths.qo_indptr, lengths.kv_base, lengths.kv_len, tiling, problem.window_left, problem.window_right
     )
-    items, merges = upload([work.items, work.merges], device)
+    # the table first, filled up to 16 bytes: then items start at such a multiple in every plan
+    table, items, merges = upload([position_table(problem).view(np.int32), work.items, work.merges], device)
     return Plan(
         problem=problem,
         config=config,
@@ -104,11 +108,21 @@ def make_plan(
         items=items.view(-1, ITEM_STRIDE),
         merges=merges.view(-1, MERGE_STRIDE),
         kv_indices=kv_indices,
+        table=table.view(torch.float32),
         num_slots=work.num_slots,
         lengths=lengths,
         kv_rows=kv_rows,
         kv_rows_request=kv_rows_request,
     )
+
+
+def position_table(p: Problem) -> npt.NDArray[np.float32]:
+    """What the kernels need for a position encoding (see Plan.table), filled up to a multiple of 4 numbers."""
+    if p.rope is not None:
+        numbers = frequencies(p.head_dim_qk, p.rope)
+    else:
+        numbers = alibi_slopes(p.num_qo_heads) if p.alibi else torch.empty(0)
+    return np.pad(numbers.float().numpy(), (0, -len(numbers) % 4))
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:  # type: ignore[type-arg]
