@@ -20,7 +20,7 @@ from benchmarks import attention, elem, gemm, report, sample
 from benchmarks.report import Row
 from benchmarks.workload import NotAvailable, Overrides, Workload
 from flashtile.config import Config
-from flashtile.testing.cases_bench import GEMM_NAMES, BenchCase, parse_case
+from flashtile.testing.cases_bench import EXTRA_NAMES, BenchCase, parse_case
 from flashtile.testing.timing import Ceilings, default_device, measure_ceilings, time_interleaved
 
 Maker = Callable[[Any, torch.device, Overrides, bool], Workload]
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def select(areas: Sequence[str], pattern: str) -> list[BenchCase]:
     """The cases of some areas (all, if none is named), those of one area together."""
     wanted = [area for name in areas or AREAS for area in GROUPS.get(name, (name,))]
-    names = (*report.published(), *GEMM_NAMES)
+    names = (*report.published(), *EXTRA_NAMES)
     chosen = [name for area in wanted for name in names if name.startswith(f"{area}/")]
     return [parse_case(name) for name in dict.fromkeys(chosen) if re.search(pattern, name)]
 

@@ -9,6 +9,7 @@ from flashtile.testing.cases_bench import AttentionBench
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 WORKSPACE_BYTES = 2**28
+MODES = {"none": "NONE", "rope": "ROPE_LLAMA", "alibi": "ALIBI"}
 
 
 def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
@@ -21,12 +22,14 @@ def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, wi
     wrapper = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
     indptr = _indptr(case.batch_size, case.qo_len)
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
-    plan_with(wrapper, overrides, indptr, indptr, *sizes, causal=case.causal, q_data_type=q.dtype)
+    variant = {"causal": case.causal, "pos_encoding_mode": MODES[case.encoding]}
+    plan_with(wrapper, overrides, indptr, indptr, *sizes, q_data_type=q.dtype, **variant)
     out = torch.empty_like(flat_q)
     ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(flat_q, flat_k, flat_v, out=out)}
     if case.batch_size == 1 and not overrides:
         single = public("single_prefill_with_kv_cache")
-        ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, causal=case.causal)
+        ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, **variant)
+    with_rivals = with_rivals and case.encoding == "none"
     return Workload(ours, rivals.dense_attention(q, k, v, case.causal) if with_rivals else {})
 
 
@@ -38,9 +41,11 @@ def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with
     wrapper = public("BatchPrefillWithPagedKVCacheWrapper")(_workspace(device), "NHD")
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
     indptr = _indptr(case.batch_size, case.qo_len)
-    plan_with(wrapper, overrides, indptr, *tables, *sizes, causal=case.causal, q_data_type=q.dtype)
+    variant = {"causal": case.causal, "pos_encoding_mode": MODES[case.encoding]}
+    plan_with(wrapper, overrides, indptr, *tables, *sizes, q_data_type=q.dtype, **variant)
     out = torch.empty_like(q)
-    others = _dense_cache_rivals(case, q) if with_rivals and case.area == "append" else {}
+    with_rivals = with_rivals and case.area == "append" and case.encoding == "none"
+    others = _dense_cache_rivals(case, q) if with_rivals else {}
     return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
 
 
@@ -51,10 +56,12 @@ def decode(case: AttentionBench, device: torch.device, overrides: Overrides, wit
     tables = _page_tables(case, device)
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
     dtypes = {"q_data_type": q.dtype, "kv_data_type": DTYPES[case.kv_dtype]}
-    plan_with(wrapper, overrides, *tables, *sizes, **dtypes)  # before the cache: a refusal should cost no memory
+    variant = {"pos_encoding_mode": MODES[case.encoding], **dtypes}
+    plan_with(wrapper, overrides, *tables, *sizes, **variant)  # before the cache: a refusal should cost no memory
     cache = _paged_cache(case, tables[1].numel(), device)
     out = torch.empty_like(q)
-    others = _dense_cache_rivals(case, q) if with_rivals and case.kv_dtype == "bf16" else {}
+    with_rivals = with_rivals and case.kv_dtype == "bf16" and case.encoding == "none"
+    others = _dense_cache_rivals(case, q) if with_rivals else {}
     return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
 
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks import report
 from benchmarks.__main__ import main, parse_config, select
 from benchmarks.report import Row
-from flashtile.testing.cases_bench import GEMM_NAMES, parse_case
+from flashtile.testing.cases_bench import EXTRA_NAMES, parse_case
 from flashtile.testing.timing import Ceilings, Timing, copy_ceiling, matmul_ceiling, read_ceiling, time_interleaved
 
 ROW = Row("decode/x", "flashtile", 100.0, 99.0, 101.0, 1.0, 1.0, 1.0, report.PUBLISHED_DEVICE, "2", "3", "today", "run")
@@ -51,11 +51,13 @@ def test_parse_attention_names() -> None:
     assert (case.qo_len, case.kv_len, case.causal, case.page_size) == (8192, 8192, True, 1)
     case = parse_case("append/b64.q4.kv4096.h32/8.page1")
     assert (case.qo_len, case.kv_len, case.causal, case.page_size) == (4, 4096, True, 1)
+    assert parse_case("decode/b64.kv4096.h32/8.bf16.page16.rope").encoding == "rope"
+    assert case.encoding == "none"
     assert not parse_case("prefill/b1.s16384.h32/32.full").causal
 
 
 def test_every_name_parses_to_itself() -> None:
-    assert all(parse_case(name).name == name for name in (*report.published(), *GEMM_NAMES))
+    assert all(parse_case(name).name == name for name in (*report.published(), *EXTRA_NAMES))
 
 
 @pytest.mark.parametrize("name", ["", "decode", "decode/b64", "host/decode.b64", "prefill/b1.s1.h1/1.causal.page4"])
@@ -132,7 +134,7 @@ def test_select() -> None:
     names = [case.name for case in select(["attention"], "kv1024.h32/8.bf16.page1$|s512.*full")]
     assert names[0].startswith("prefill/")
     assert {name.partition("/")[0] for name in names} == {"prefill", "decode"}
-    assert len(select([], "")) == len(report.published()) + len(GEMM_NAMES)
+    assert len(select([], "")) == len(report.published()) + len(EXTRA_NAMES)
 
 
 def test_parse_config() -> None:

@@ -6,6 +6,7 @@ import torch
 from flashtile.config import HOPPER_DIMS, hopper, hopper_refusal
 from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, box_rows, fit, shared_bytes
 from flashtile.kernels.hopper.spec import Spec
+from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Problem, Workload
 
 VIEWS = {
@@ -73,4 +74,7 @@ def test_refusals() -> None:
     assert hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (9, 0)) is None
     assert "9.0" in (hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (8, 0)) or "")
     assert "80/80" in (hopper_refusal(Problem(32, 8, 80, 80, half, half, half), (9, 0)) or "")
+    for encoding, mode in (({"rope": Rope()}, "ROPE_LLAMA"), ({"alibi": True}, "ALIBI")):
+        problem = Problem(32, 8, 128, 128, half, half, half, **encoding)  # type: ignore[arg-type]
+        assert mode in (hopper_refusal(problem, (9, 0)) or "")
     assert "float8" in (hopper_refusal(Problem(32, 8, 128, 128, half, torch.float8_e4m3fn, half), (9, 0)) or "")

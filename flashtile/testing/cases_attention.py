@@ -213,6 +213,8 @@ ENCODED_CASES: list[AttentionCase] = [
     *_encoded(_APPEND, "strided", strided=True),
     *_encoded(_RAGGED, "hnd", kv_layout="HND"),
     *_encoded(_DECODE, "sm_scale", sm_scale=0.3),
+    replace(_DECODE, name="decode.rope.million", rope=Rope(theta=5e5), kv_lens=(1_000_000,), heads=(2, 1), head_dim=16,
+            page_size=1024, window_left=63),
     *[replace(base, name=f"{base.name}.rope.{name}", rope=rope)
       for base in (_DECODE, _APPEND, _RAGGED)
       for name, rope in (("scaled", Rope(4.0, 5e5)), ("llama31", _LLAMA31))],

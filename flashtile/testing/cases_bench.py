@@ -20,7 +20,8 @@ BF16_BYTES = 2
 class AttentionBench:
     """prefill (ragged KV), paged (the same over pages), append (a few tokens onto a cache), decode (one token each).
 
-    All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16" or "fp8" (e4m3).
+    All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16" or "fp8" (e4m3). encoding:
+    "none", or "rope" or "alibi" inside attention.
     """
 
     name: str
@@ -33,6 +34,7 @@ class AttentionBench:
     mask: str  # "causal" or "full"
     page_size: int = 0
     kv_dtype: str = "bf16"
+    encoding: str = "none"
     head_dim: int = HEAD_DIM
 
     @property
@@ -154,12 +156,13 @@ _BATCH, _HEADS, _PAGE = (
     r"page(?P<page_size>\d+)",
 )
 _SELF = rf"{_BATCH}\.s(?P<kv_len>\d+)\.{_HEADS}\.(?P<mask>causal|full)"
+_ENCODING = r"(\.(?P<encoding>rope|alibi))?"
 # area -> the class of its cases and the form of their names; a group is named for the field that it fills
 _FORMS: dict[str, tuple[type[BenchCase], str]] = {
-    "prefill": (AttentionBench, _SELF),
-    "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}"),
-    "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}"),
-    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.(?P<kv_dtype>bf16|fp8)\.{_PAGE}"),
+    "prefill": (AttentionBench, rf"{_SELF}{_ENCODING}"),
+    "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}{_ENCODING}"),
+    "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}{_ENCODING}"),
+    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.(?P<kv_dtype>bf16|fp8)\.{_PAGE}{_ENCODING}"),
     "mla": (MlaBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.h(?P<num_heads>\d+)\.{_PAGE}"),
     "elem": (ElementwiseBench, r"(?P<op>rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv)\.t(?P<num_tokens>\d+)"),
     "sample": (SamplingBench, rf"(?P<op>sample|top_p|top_k_top_p\.(joint|first))\.{_BATCH}\.v(?P<vocab_size>\d+)"),
@@ -174,14 +177,24 @@ def parse_case(name: str) -> BenchCase:
     match = re.fullmatch(form, rest)
     if match is None:
         raise ValueError(f"name: expected a case such as decode/b64.kv4096.h32/8.bf16.page16, got {name!r}")
-    fields: dict[str, Any] = {key: int(x) if x.isdecimal() else x for key, x in match.groupdict().items()}
+    fields: dict[str, Any] = {key: int(x) if x.isdecimal() else x for key, x in match.groupdict().items() if x}
     if kind is AttentionBench:
         fields.setdefault("qo_len", 1 if area == "decode" else fields["kv_len"])
         fields.setdefault("mask", "causal" if area == "append" else "full")
     return kind(name=name, area=area, **fields)
 
 
-# Shapes without a figure in peers_h100.csv: grouped products of experts (square) and of LoRA (down to rank 16 or 64,
+# Shapes without a figure in peers_h100.csv: position encodings inside attention, each beside the case without one.
+ENCODING_NAMES = (
+    *(f"decode/b{b}.kv{n}.h32/8.bf16.page16.{mode}" for mode in ("rope", "alibi") for b, n in ((64, 4096), (1, 16384))),
+    "decode/b64.kv4096.h32/8.bf16.page1.rope",
+    "decode/b16.kv4096.h32/8.bf16.page16.rope",
+    "append/b64.q4.kv4096.h32/8.page16.rope",
+    *(f"prefill/b{b}.s{n}.h32/8.causal.{mode}" for mode in ("rope", "alibi") for b, n in ((16, 1024), (2, 8192))),
+    "paged/b2.s8192.h32/8.causal.page16.rope",
+)
+
+# Grouped products of experts (square) and of LoRA (down to rank 16 or 64,
 # and up again), and fp8 products.
 GEMM_NAMES = (
     *(
@@ -194,3 +207,4 @@ GEMM_NAMES = (
     *(f"gemm/bmm_fp8.g{g}.m{m}.k{k}.n{n}" for g, m, k, n in ((1, 8192, 8192, 8192), (16, 512, 4096, 4096))),
     "gemm/bmm_fp8.g16.m48.k1024.n1024",
 )
+EXTRA_NAMES = (*ENCODING_NAMES, *GEMM_NAMES)
