@@ -220,15 +220,16 @@ def launch(
     lse = check_out("lse", lse, (plan.work.nnz_qo, p.num_qo_heads), torch.float32, plan.device)
     dense_lse = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format)
     arguments = (plan, q, k, v, out, dense_lse, workspace, sm_scale, sinks)
+    family = attention_family("rotated" if plan.inner is not None else plan.config.family)
     if scales is None:
-        attention_family(plan.config.family).run(*arguments)
+        family.run(*arguments)
     elif plan.config.family == "hopper":
         if scales.k is not None or scales.v is not None:
             raise not_implemented("k_scale, v_scale", "tensors with the Hopper family; pass floats or backend='fa2'")
-        attention_family(plan.config.family).run(*arguments)
+        family.run(*arguments)
         out.mul_(scales.out)
     else:
-        attention_family(plan.config.family).run(*arguments, scales=scales)
+        family.run(*arguments, scales=scales)
     if dense_lse is not lse:
         lse.copy_(dense_lse)
     return out, lse
@@ -273,7 +274,11 @@ class PlannedOp:
         self._int_workspace = int_workspace_buffer
 
     def workspace_size(self) -> int:
-        """Bytes of float workspace that the current plan needs. RuntimeError before plan()."""
+        """Bytes of float workspace that the current plan needs. RuntimeError before plan().
+
+        The number of CTAs of the device bounds them, but for ROPE_LLAMA in prefill on Hopper: there rotated copies of q
+        and of the batch's KV are counted too, unless with backend="auto" the workspace given has no room for them.
+        """
         return self._planned().workspace_size()
 
     def _planned(self) -> Plan:
@@ -292,9 +297,14 @@ class PlannedOp:
     ) -> None:
         problem.check()
         config = self._config or configs.choose(problem, lengths.workload(), self.device, self._backend)
+        skip = -self._workspace.data_ptr() % 16
         plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
         need = plan.workspace_size()
-        skip = -self._workspace.data_ptr() % 16
+        if config.rotate_first and need + skip > self._workspace.numel() and self._backend == "auto":
+            # no room for rotated q and K: another family needs none
+            config = configs.choose(problem, lengths.workload(), self.device, "fa2")
+            plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
+            need = plan.workspace_size()
         if need + skip > self._workspace.numel() and need:
             raise ValueError(
                 f"float_workspace_buffer: this plan needs {need} bytes{f' (plus {skip} to align it)' if skip else ''}, "

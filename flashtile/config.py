@@ -24,6 +24,8 @@ class Config:
     num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
     the compiler's choice.
     section_tiles: see Tiling. dynamic: CTAs of a persistent grid draw tiles one by one, instead of by turns.
+    rotate_first: with a rope, q and K are rotated (and K and V gathered, if paged) into the workspace by a kernel of
+        its own, and attention runs over the result.
     """
 
     family: str
@@ -45,6 +47,7 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     section_tiles: int = 0
     dynamic: bool = False
+    rotate_first: bool = False
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
@@ -91,19 +94,16 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
         # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
-    if backend == "fa3":
-        refusal = hopper_refusal(problem, capability(device))
-        if refusal:
-            raise NotImplementedError(
-                f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'"
-            )
-        return hopper(problem, work)
-    if (
-        backend == "auto"
-        and work.max_qo_len * problem.group_size > 64
-        and hopper_refusal(problem, capability(device)) is None
-    ):
-        return hopper(problem, work)  # tiles full of query rows: bound by arithmetic (benchmarks/NOTES.md, prefill)
+    rotate = problem.rope is not None
+    served = replace(problem, rope=None, page_size=0) if rotate else problem  # what the Hopper family would see
+    refusal = hopper_refusal(served, capability(device))
+    if backend == "fa3" and refusal:
+        raise NotImplementedError(f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'")
+    # tiles full of query rows are bound by arithmetic (benchmarks/NOTES.md, prefill). Rotating first moves each key and
+    # value four times (H100: as long as 400 query rows take); below 512 rows the portable family rotates in passing
+    rows = work.max_qo_len * problem.group_size
+    if backend == "fa3" or (backend == "auto" and rows > (511 if rotate else 64) and refusal is None):
+        return replace(hopper(served, work), rotate_first=rotate)
     return portable(problem, work, capability(device), num_sms(device))
 
 

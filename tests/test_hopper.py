@@ -1,8 +1,11 @@
 """What the Hopper family decides on the host: how tensors become matrices for TMA, and what fits into shared memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flashtile import config
 from flashtile.config import HOPPER_DIMS, hopper, hopper_refusal
 from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, box_rows, fit, shared_bytes
 from flashtile.kernels.hopper.spec import Spec
@@ -78,3 +81,24 @@ def test_refusals() -> None:
         problem = Problem(32, 8, 128, 128, half, half, half, **encoding)  # type: ignore[arg-type]
         assert mode in (hopper_refusal(problem, (9, 0)) or "")
     assert "float8" in (hopper_refusal(Problem(32, 8, 128, 128, half, torch.float8_e4m3fn, half), (9, 0)) or "")
+
+
+def test_rope_is_served_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(config, "num_sms", lambda device: 132)
+    half, device = torch.bfloat16, torch.device("cuda")
+    rope = Problem(32, 8, 128, 128, half, half, half, page_size=16, rope=Rope())
+    alibi = replace(rope, rope=None, alibi=True)
+
+    def chosen(problem: Problem, qo_len: int, backend: str = "auto") -> tuple[str, bool]:
+        c = config.choose(problem, Workload(8, 8 * qo_len, qo_len, 8 * 4096, 4096), device, backend)
+        return c.family, c.rotate_first
+
+    assert chosen(rope, 1024) == ("hopper", True)
+    assert chosen(rope, 64) == chosen(rope, 1) == ("portable", False)
+    assert chosen(rope, 64, "fa3") == ("hopper", True)
+    assert chosen(rope, 1024, "fa2") == ("portable", False)
+    assert chosen(alibi, 1024) == ("portable", False)
+    assert chosen(replace(rope, rope=None), 1024) == ("hopper", False)
+    with pytest.raises(NotImplementedError, match="ALIBI"):
+        chosen(alibi, 1024, "fa3")

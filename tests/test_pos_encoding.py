@@ -3,10 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import flashtile
+from flashtile.config import Config
+from flashtile.plan.encoding import Rope
+from flashtile.plan.plan import Lengths, make_plan
+from flashtile.plan.problem import Problem
 from flashtile.reference.attention import alibi_slopes, attention
 from flashtile.reference.rope import frequencies
 from flashtile.testing.cases_attention import ENCODED_CASES, expected, make_inputs, make_wrapper, run_case
@@ -85,12 +90,10 @@ def test_rotating_before_the_call_is_the_same(llama31: bool) -> None:
 
 def test_unknown_modes_are_refused() -> None:
     q, k, v = qkv()
-    for call in (
-        lambda: flashtile.single_prefill_with_kv_cache(q, k, v, pos_encoding_mode="ROTARY"),
-        lambda: flashtile.single_decode_with_kv_cache(q[0], k, v, pos_encoding_mode="rope_llama"),
-    ):
-        with pytest.raises(KeyError, match="Invalid pos_encoding_mode"):
-            call()
+    with pytest.raises(KeyError, match="Invalid pos_encoding_mode 'ROTARY'"):
+        flashtile.single_prefill_with_kv_cache(q, k, v, pos_encoding_mode="ROTARY")
+    with pytest.raises(KeyError, match="Invalid pos_encoding_mode 'rope_llama'"):
+        flashtile.single_decode_with_kv_cache(q[0], k, v, pos_encoding_mode="rope_llama")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,29 @@ def test_alibi_keeps_the_bits_of_near_keys_far_into_a_sequence() -> None:
     out = flashtile.single_decode_with_kv_cache(q[0], k, v, pos_encoding_mode="ALIBI")
     oracle, _ = attention(q.double(), k.double(), v.double(), slopes=alibi_slopes(8))
     torch.testing.assert_close(out.double(), oracle[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_moves_bring_each_row_to_its_place_once(page_size: int) -> None:
+    half = torch.bfloat16
+    problem = Problem(4, 2, 64, 32, half, half, half, page_size=page_size, rope=Rope())
+    qo_len, kv_len = np.array([3, 0, 100]), np.array([40, 5, 100])
+    lengths = Lengths(np.append(0, qo_len.cumsum()), np.array([7, 3, 0]), kv_len)
+    config = Config("portable", 64, 64, 2, rotate_first=True)
+    plan = make_plan(problem, config, lengths, torch.zeros(1, dtype=torch.int32), torch.device("cpu"))
+    assert plan.moves is not None
+    assert plan.inner is not None
+    assert plan.inner.problem == replace(problem, rope=None, page_size=0)
+    assert plan.num_items == 0
+    got = []
+    for to, base, first, count, position in plan.moves.kv.tolist():
+        got += [(to + t, base, first + t, position + t) for t in range(count)]
+    starts = (0, 40, 45)
+    assert got == [(starts[r] + t, (7, 3, 0)[r], t, t) for r in range(3) for t in range(kv_len[r])]
+    positions = [p + t for *_, count, p in plan.moves.q.tolist() for t in range(count)]
+    assert positions == [37, 38, 39, *range(100)]
+    moved_kv = 145 * 2 * (64 + (32 if page_size else 0))
+    assert plan.workspace_size() - plan.inner.workspace_size() == pytest.approx(2 * (103 * 4 * 64 + moved_kv), abs=384)
 
 
 FORWARD = {

@@ -1,7 +1,7 @@
 """A plan: the work list of one batch on one device, ready to launch for every layer of a step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashtile.config import Config, num_sms
 from flashtile.plan.encoding import alibi_slopes, frequencies
+from flashtile.plan.moves import MOVE_STRIDE, Moves, make_moves, moved_bytes
 from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import ITEM_STRIDE, MERGE_STRIDE, Ints, make_worklist
 
@@ -54,6 +55,8 @@ class Plan:
     lengths: Lengths
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
     kv_rows_request: int = 0  # a request that reads the last of them
+    moves: Moves | None = None  # with config.rotate_first: what brings q and K to where `inner` reads them
+    inner: "Plan | None" = None  # of the same batch over the result; this plan has no items of its own then
 
     @property
     def num_items(self) -> int:
@@ -71,7 +74,9 @@ class Plan:
         return self.problem.num_qo_heads // self.config.pack
 
     def workspace_size(self) -> int:
-        """Bytes of workspace that run() needs: the partial states of split tiles, fp32."""
+        """Bytes of workspace that run() needs: the partial states of split tiles, fp32; and of rotated q and K."""
+        if self.inner is not None:
+            return sum(moved_bytes(self.problem, self.work)) + self.inner.workspace_size()
         return self.num_slots * self.num_head_groups * self.config.block_m * (self.problem.head_dim_vo + 1) * 4
 
     def partials(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +99,8 @@ def make_plan(
     kv_rows_request: int = 0,
 ) -> Plan:
     """Schedule a batch and bring the work list to the device in one copy."""
+    if config.rotate_first:
+        return _make_rotated_plan(problem, config, lengths, kv_indices, device, kv_rows, kv_rows_request)
     tiling = config.tiling(problem, num_sms(device))
     work = make_worklist(
         lengths.qo_indptr, lengths.kv_base, lengths.kv_len, tiling, problem.window_left, problem.window_right
@@ -113,6 +120,46 @@ def make_plan(
         lengths=lengths,
         kv_rows=kv_rows,
         kv_rows_request=kv_rows_request,
+    )
+
+
+def _make_rotated_plan(
+    problem: Problem,
+    config: Config,
+    lengths: Lengths,
+    kv_indices: Tensor,
+    device: torch.device,
+    kv_rows: int,
+    kv_rows_request: int,
+) -> Plan:
+    """The plan of a batch whose q and K are rotated first."""
+    qo_begin, qo_len = lengths.qo_indptr[:-1], np.diff(lengths.qo_indptr)
+    kv_begin = np.cumsum(lengths.kv_len) - lengths.kv_len
+    q_moves = make_moves(qo_begin, qo_begin, qo_len, lengths.kv_len - qo_len)
+    kv_moves = make_moves(kv_begin, lengths.kv_base, lengths.kv_len, np.zeros_like(kv_begin))
+    table, q_part, kv_part = upload([position_table(problem).view(np.int32), q_moves, kv_moves], device)
+    inner = make_plan(
+        replace(problem, rope=None, page_size=0),
+        replace(config, rotate_first=False),
+        Lengths(lengths.qo_indptr, kv_begin, lengths.kv_len),
+        kv_indices,
+        device,
+    )
+    return Plan(
+        problem=problem,
+        config=config,
+        work=lengths.workload(),
+        device=device,
+        items=table[:0].view(-1, ITEM_STRIDE),
+        merges=table[:0].view(-1, MERGE_STRIDE),
+        kv_indices=kv_indices,
+        table=table.view(torch.float32),
+        num_slots=0,
+        lengths=lengths,
+        kv_rows=kv_rows,
+        kv_rows_request=kv_rows_request,
+        moves=Moves(q_part.view(-1, MOVE_STRIDE), kv_part.view(-1, MOVE_STRIDE)),
+        inner=inner,
     )
 
 
