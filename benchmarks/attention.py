@@ -9,6 +9,7 @@ from flashtile.testing.cases_bench import SOFT_CAP, WINDOW, AttentionBench, Ragg
 
 DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 WORKSPACE_BYTES = 2**28
+MODES = {"none": "NONE", "rope": "ROPE_LLAMA", "alibi": "ALIBI"}
 
 
 def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
@@ -25,7 +26,8 @@ def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, wi
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim)
     window = {"window_left": WINDOW - 1} if case.variant == "window" else {}
     cap = {"logits_soft_cap": SOFT_CAP} if case.variant == "cap" else {}
-    plan = {"causal": case.causal, "q_data_type": q.dtype}
+    variant = {"causal": case.causal, "pos_encoding_mode": MODES[case.encoding]}
+    plan = {**variant, "q_data_type": q.dtype}
     plan_with(wrapper, overrides, indptr, indptr, *sizes, case.dim_vo, **plan, **window, **cap)
     sinks = {"sinks": torch.zeros(case.num_qo_heads, device=device)} if case.variant == "sinks" else {}
     out = torch.empty(*flat_q.shape[:2], case.dim_vo, dtype=q.dtype, device=device)
@@ -36,7 +38,8 @@ def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, wi
         return Workload(ours | {"flashtile.plain": lambda: plain.run(flat_q, flat_k, flat_v, out=out)})
     if case.batch_size == 1 and not overrides:
         single = public("single_prefill_with_kv_cache")
-        ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, causal=case.causal)
+        ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, **variant)
+    with_rivals = with_rivals and case.encoding == "none"
     return Workload(ours, rivals.dense_attention(q, k, v, case.causal) if with_rivals else {})
 
 
@@ -64,9 +67,11 @@ def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with
     wrapper = public("BatchPrefillWithPagedKVCacheWrapper")(_workspace(device), "NHD")
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
     indptr = _indptr(case.batch_size, case.qo_len)
-    plan_with(wrapper, overrides, indptr, *tables, *sizes, causal=case.causal, q_data_type=q.dtype)
+    variant = {"causal": case.causal, "pos_encoding_mode": MODES[case.encoding]}
+    plan_with(wrapper, overrides, indptr, *tables, *sizes, q_data_type=q.dtype, **variant)
     out = torch.empty_like(q)
-    others = _dense_cache_rivals(case, q) if with_rivals and case.area == "append" else {}
+    with_rivals = with_rivals and case.area == "append" and case.encoding == "none"
+    others = _dense_cache_rivals(case, q) if with_rivals else {}
     return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
 
 
@@ -77,10 +82,12 @@ def decode(case: AttentionBench, device: torch.device, overrides: Overrides, wit
     tables = _page_tables(case, device)
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
     dtypes = {"q_data_type": q.dtype, "kv_data_type": DTYPES[case.kv_dtype]}
-    plan_with(wrapper, overrides, *tables, *sizes, **dtypes)  # before the cache: a refusal should cost no memory
+    variant = {"pos_encoding_mode": MODES[case.encoding], **dtypes}
+    plan_with(wrapper, overrides, *tables, *sizes, **variant)  # before the cache: a refusal should cost no memory
     cache = _paged_cache(case, tables[1].numel(), device)
     out = torch.empty_like(q)
-    others = _dense_cache_rivals(case, q) if with_rivals and case.kv_dtype == "bf16" else {}
+    with_rivals = with_rivals and case.kv_dtype == "bf16" and case.encoding == "none"
+    others = _dense_cache_rivals(case, q) if with_rivals else {}
     scales = {}
     if case.kv_dtype in ("int8", "int4"):
         scales = {name: torch.rand(cache[0].shape[:-1], device=device) / 32 for name in ("k_scale", "v_scale")}

@@ -25,9 +25,9 @@ from flashtile.plan.plan import Lengths, Plan, make_plan
 from flashtile.plan.problem import FORMATS, Problem
 from flashtile.plan.scales import Scales
 from flashtile.plan.worklist import Ints
+from flashtile.pos_encoding import PosEncoding
 from flashtile.scales import Scale, read_scales
 
-POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 PagedKV = Tensor | tuple[Tensor, Tensor]
 
 
@@ -64,14 +64,6 @@ def cache_dtypes(kv_data_type: KVDType, q_dtype: torch.dtype) -> tuple[torch.dty
                 f"uint8 for packed int4; got {dtype}"
             )
     return k_dtype, v_dtype
-
-
-def check_pos_encoding(mode: str) -> None:
-    """KeyError for an unknown mode; NotImplementedError for those not built."""
-    if mode not in POS_ENCODING_MODES:
-        raise KeyError(f"Invalid pos_encoding_mode {mode!r}: expected one of {', '.join(POS_ENCODING_MODES)}")
-    if mode != "NONE":
-        raise not_implemented("pos_encoding_mode", f"{mode}; rotate q and k before the call (flashtile.rope)")
 
 
 def reject(**arguments: Any) -> None:
@@ -228,15 +220,16 @@ def launch(
     lse = check_out("lse", lse, (plan.work.nnz_qo, p.num_qo_heads), torch.float32, plan.device)
     dense_lse = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format)
     arguments = (plan, q, k, v, out, dense_lse, workspace, sm_scale, sinks)
+    family = attention_family("rotated" if plan.inner is not None else plan.config.family)
     if scales is None:
-        attention_family(plan.config.family).run(*arguments)
+        family.run(*arguments)
     elif plan.config.family == "hopper":
         if scales.k is not None or scales.v is not None:
             raise not_implemented("k_scale, v_scale", "tensors with the Hopper family; pass floats or backend='fa2'")
-        attention_family(plan.config.family).run(*arguments)
+        family.run(*arguments)
         out.mul_(scales.out)
     else:
-        attention_family(plan.config.family).run(*arguments, scales=scales)
+        family.run(*arguments, scales=scales)
     if dense_lse is not lse:
         lse.copy_(dense_lse)
     return out, lse
@@ -281,7 +274,11 @@ class PlannedOp:
         self._int_workspace = int_workspace_buffer
 
     def workspace_size(self) -> int:
-        """Bytes of float workspace that the current plan needs. RuntimeError before plan()."""
+        """Bytes of float workspace that the current plan needs. RuntimeError before plan().
+
+        The number of CTAs of the device bounds them, but for ROPE_LLAMA in prefill on Hopper: there rotated copies of q
+        and of the batch's KV are counted too, unless with backend="auto" the workspace given has no room for them.
+        """
         return self._planned().workspace_size()
 
     def _planned(self) -> Plan:
@@ -300,9 +297,14 @@ class PlannedOp:
     ) -> None:
         problem.check()
         config = self._config or configs.choose(problem, lengths.workload(), self.device, self._backend)
+        skip = -self._workspace.data_ptr() % 16
         plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
         need = plan.workspace_size()
-        skip = -self._workspace.data_ptr() % 16
+        if config.rotate_first and need + skip > self._workspace.numel() and self._backend == "auto":
+            # no room for rotated q and K: another family needs none
+            config = configs.choose(problem, lengths.workload(), self.device, "fa2")
+            plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
+            need = plan.workspace_size()
         if need + skip > self._workspace.numel() and need:
             raise ValueError(
                 f"float_workspace_buffer: this plan needs {need} bytes{f' (plus {skip} to align it)' if skip else ''}, "
@@ -384,6 +386,7 @@ def single(
     window_left: int,
     logits_soft_cap: float | None,
     sm_scale: float | None,
+    encoding: PosEncoding,
     backend: str = "auto",
     o_dtype: torch.dtype | None = None,
     **scales: Scale,
@@ -413,6 +416,8 @@ def single(
         window_left=window_left,
         window_right=0 if causal else -1,
         logits_soft_cap=logits_soft_cap or 0.0,
+        rope=encoding.rope,
+        alibi=encoding.alibi,
     )
     plan = _single_plan(problem, q.shape[0], k.shape[0], q.device, backend)
     out = torch.empty(q.shape[0], problem.num_qo_heads, problem.head_dim_vo, dtype=problem.o_dtype, device=q.device)

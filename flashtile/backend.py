@@ -33,10 +33,11 @@ _FAMILIES = {
     "cpu": "flashtile.kernels.cpu.attention",
     "portable": "flashtile.kernels.attention",
     "hopper": "flashtile.kernels.hopper.attention",
+    "rotated": "flashtile.kernels.rotated",
 }
 
 
 @cache
 def attention_family(family: str) -> Any:
-    """The attention launchers of a kernel family: "cpu", "portable" or "hopper"."""
+    """The attention launchers of a kernel family: "cpu", "portable", "hopper"; or "rotated", which leads to another."""
     return import_module(_FAMILIES[family])

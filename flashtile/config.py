@@ -24,6 +24,8 @@ class Config:
     num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
     the compiler's choice.
     section_tiles: see Tiling.
+    rotate_first: with a rope, q and K are rotated (and K and V gathered, if paged) into the workspace by a kernel of
+        its own, and attention runs over the result.
     """
 
     family: str
@@ -45,6 +47,7 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
+    rotate_first: bool = False
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
@@ -92,19 +95,20 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
         # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
-    if backend == "fa3":
-        refusal = hopper_refusal(problem, capability(device))
-        if refusal:
-            raise NotImplementedError(
-                f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'"
-            )
-        return hopper(problem, work)
-    rows = work.max_qo_len * problem.group_size
+    rotate = problem.rope is not None
+    served = replace(problem, rope=None, page_size=0) if rotate else problem  # what the Hopper family would see
+    refusal = hopper_refusal(served, capability(device))
+    if backend == "fa3" and refusal:
+        raise NotImplementedError(f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'")
     # Where one row of tensor-core tiles holds a group, the portable family reads K and V as fast as memory gives them.
     # 64 rows over 4k tokens of 64 requests: 370 us, portable 378; 16 rows by token, causal: 376, portable 416.
-    narrow = rows <= 16 and (problem.window_right < 0 or problem.page_size >= 8)
-    if backend == "auto" and not narrow and hopper_refusal(problem, capability(device)) is None:
-        return hopper(problem, work)
+    rows = work.max_qo_len * problem.group_size
+    enough = rows > 16 or (problem.window_right >= 0 and problem.page_size < 8)
+    if rotate:
+        # rotating first moves each key and value four times (H100: as long as 400 query rows take)
+        enough = rows > 511
+    if backend == "fa3" or (backend == "auto" and enough and refusal is None):
+        return replace(hopper(served, work), rotate_first=rotate)
     return portable(problem, work, capability(device), num_sms(device))
 
 
@@ -119,6 +123,8 @@ def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:
         return (
             f"it takes q, cache and out all in float16 or all in bfloat16, got {p.q_dtype}, {p.kv_dtype}, {p.o_dtype}"
         )
+    if p.rope is not None or p.alibi:
+        return f"pos_encoding_mode {'ALIBI' if p.alibi else 'ROPE_LLAMA'}: it takes q and k as they are"
     if (p.head_dim_qk, p.head_dim_vo) not in HOPPER_DIMS:
         dims = ", ".join(f"{qk}/{vo}" for qk, vo in sorted(HOPPER_DIMS))
         return f"head_dim_qk/head_dim_vo {p.head_dim_qk}/{p.head_dim_vo}: it has {dims}"
@@ -148,7 +154,29 @@ def hopper(p: Problem, w: Workload) -> Config:
 
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
-    return replace(_portable_row(p, w, sm, sms), has_e4m3=sm >= (8, 9), has_wgmma=sm[0] == 9)
+    row = _portable_row(p, w, sm, sms)
+    row = _with_rope(p, row, sm) if p.rope else row
+    return replace(row, has_e4m3=sm >= (8, 9), has_wgmma=sm[0] == 9)
+
+
+def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
+    """A row for keys that are rotated as they are read: halves, angles and products take registers, so tiles that are
+    full of them shrink. Compiled for sm_80 and sm_90 without spills; not timed yet."""
+    wide = max(p.head_dim_qk, p.head_dim_vo)
+    if p.q_dtype == torch.float32:
+        return row
+    if row.block_m == 16 and wide <= 128:
+        # two KV blocks of half the rows in flight are the bytes of one whole. 128 registers keep four CTAs an SM, 168
+        # three; both are said, since ptxas left alone spills a few bytes
+        fits = not p.quantised and p.window_left < 0 and not p.logits_soft_cap
+        return replace(row, block_n=32, num_stages=5, max_registers=128 if fits else 168)
+    if row.block_m > 16 and wide > 256:
+        return replace(row, block_m=16, block_n=16)
+    if wide > 128 and row.block_m == 64 and sm < (9, 0):
+        return replace(row, block_m=32)
+    if wide <= 128 and row.block_m == 64:
+        return replace(row, block_n=32)
+    return row
 
 
 def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Config:

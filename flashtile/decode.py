@@ -13,9 +13,7 @@ from flashtile.attention import (
     DType,
     KVDType,
     PagedKV,
-    PlannedOp,
     cache_dtypes,
-    check_pos_encoding,
     host_ints,
     reject,
     single,
@@ -24,7 +22,9 @@ from flashtile.attention import (
     without_page_dim,
 )
 from flashtile.checks import check_shape
+from flashtile.legacy import LegacyDecode
 from flashtile.plan.problem import Problem
+from flashtile.pos_encoding import read_pos_encoding
 from flashtile.scales import Scale
 
 
@@ -46,6 +46,10 @@ def single_decode_with_kv_cache(
     return_lse: bool = False,
     k_zero: Scale = None,
     v_zero: Scale = None,
+    *,
+    low_freq_factor: float | None = None,
+    high_freq_factor: float | None = None,
+    old_context_len: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one token over the KV of one request (arXiv:2307.08691).
 
@@ -54,7 +58,10 @@ def single_decode_with_kv_cache(
         k, v: NHD [kv_len, num_kv_heads, head_dim] or HND [num_kv_heads, kv_len, head_dim]; v's head_dim may differ.
             Each of q's dtype, fp8 (e4m3 or e5m2), int8, or uint8 with two int4 a byte (head_dim / 2 bytes).
         kv_layout: "NHD" or "HND".
-        pos_encoding_mode: "NONE".
+        pos_encoding_mode: "NONE"; "ROPE_LLAMA": q and k hold no positions yet, q is rotated (arXiv:2104.09864) to
+            position kv_len - 1 and key j to j: dims d and d + head_dim / 2 by rope_theta ** (-2 d / head_dim) /
+            rope_scale radians a token, angles in fp32; "ALIBI" (arXiv:2108.12409): slope[head] * j is added to the
+            scaled logit of key j, before the soft cap. Slopes: utils.get_alibi_slopes.
         use_tensor_cores: a hint; results do not depend on it.
         q_scale: factor on the logits: a number, or a tensor of one element.
         k_scale, v_scale, k_zero, v_zero: a number n of k or v stands for (n - zero) * scale. Numbers or tensors: one
@@ -64,7 +71,9 @@ def single_decode_with_kv_cache(
         window_left: the token sees itself and this many keys before it; -1: all.
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         sm_scale: factor on q.k; default head_dim ** -0.5.
-        rope_scale, rope_theta: for pos_encoding_mode="ROPE_LLAMA".
+        rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+        low_freq_factor, high_freq_factor, old_context_len: flashtile's own, Llama 3.1's frequencies for ROPE_LLAMA, as
+            of apply_llama31_rope: both factors together; old_context_len is 8192 by default.
 
     Returns:
         out [num_qo_heads, head_dim_vo]; with return_lse also lse [num_qo_heads], fp32, base 2.
@@ -72,8 +81,9 @@ def single_decode_with_kv_cache(
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit. KeyError: an unknown layout or mode.
     """
-    check_pos_encoding(pos_encoding_mode)
-    reject(rope_scale=rope_scale, rope_theta=rope_theta)
+    encoding = read_pos_encoding(
+        pos_encoding_mode, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+    )
     check_shape("q", q, ("num_qo_heads", "head_dim"))
     out, lse = single(
         q[None],
@@ -84,6 +94,7 @@ def single_decode_with_kv_cache(
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
         sm_scale=sm_scale,
+        encoding=encoding,
         q_scale=q_scale,
         k_scale=k_scale,
         v_scale=v_scale,
@@ -93,7 +104,7 @@ def single_decode_with_kv_cache(
     return (out[0], lse[0]) if return_lse else out[0]
 
 
-class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
+class BatchDecodeWithPagedKVCacheWrapper(LegacyDecode):
     """Decode attention of a batch over a paged KV cache: plan() once a step, run() once a layer.
 
     Args:
@@ -155,6 +166,10 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
         head_dim_vo: int | None = None,
+        *,
+        low_freq_factor: float | None = None,
+        high_freq_factor: float | None = None,
+        old_context_len: int | None = None,
     ) -> None:
         """Schedule a batch. Host tensors are preferred: lengths on the GPU stall it while they are read.
 
@@ -164,7 +179,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
             last_page_len: [batch_size], tokens in each request's last page, 1..page_size (0 for a request without
                 pages).
             head_dim: of q and k, and of v unless head_dim_vo is given; a multiple of 8 from 16 to 512.
-            window_left, logits_soft_cap, sm_scale: as of single_decode_with_kv_cache.
+            pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, low_freq_factor,
+                high_freq_factor, old_context_len: as of single_decode_with_kv_cache.
             q_data_type: default float16. kv_data_type: default q_data_type; or float8_e4m3fn, float8_e5m2, int8, uint8
                 (packed int4), or a tuple of K's and V's. data_type: both, where they are not given.
             o_data_type: of the output, default q_data_type.
@@ -172,11 +188,12 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
 
         Raises:
             ValueError: sizes, dtypes, offsets, last page lengths or page ids out of range, or a workspace too small.
+            KeyError: an unknown mode. NotImplementedError: an argument that is not built yet.
         """
-        check_pos_encoding(pos_encoding_mode)
+        encoding = read_pos_encoding(
+            pos_encoding_mode, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+        )
         reject(
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
             block_tables=block_tables,
             seq_lens=seq_lens,
             fixed_split_size=fixed_split_size,
@@ -199,6 +216,8 @@ class BatchDecodeWithPagedKVCacheWrapper(PlannedOp):
             page_size=page_size,
             window_left=window_left,
             logits_soft_cap=logits_soft_cap or 0.0,
+            rope=encoding.rope,
+            alibi=encoding.alibi,
         )
         last = host_ints("last_page_len", last_page_len, max(len(kv_indptr) - 1, 0))
         self._schedule_paged(problem, np.arange(len(kv_indptr)), kv_indptr, indices, last, sm_scale)

@@ -12,10 +12,8 @@ from flashtile.attention import (
     DType,
     KVDType,
     PagedKV,
-    PlannedOp,
     cache_dtypes,
     check_indptr,
-    check_pos_encoding,
     host_ints,
     reject,
     single,
@@ -24,9 +22,11 @@ from flashtile.attention import (
     without_page_dim,
 )
 from flashtile.checks import check_tensor
+from flashtile.legacy import LegacyPrefill, LegacyRaggedPrefill
 from flashtile.plan.plan import Lengths
 from flashtile.plan.problem import Problem
 from flashtile.plan.worklist import Ints
+from flashtile.pos_encoding import PosEncoding, read_pos_encoding
 from flashtile.scales import Scale
 
 
@@ -56,6 +56,10 @@ def single_prefill_with_kv_cache(
     v_scale: Scale = None,
     k_zero: Scale = None,
     v_zero: Scale = None,
+    *,
+    low_freq_factor: float | None = None,
+    high_freq_factor: float | None = None,
+    old_context_len: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last qo_len tokens of one request over its KV (arXiv:2307.08691).
 
@@ -66,14 +70,20 @@ def single_prefill_with_kv_cache(
         o_dtype: of the output, default q's.
         causal: key j is visible to row i iff j <= i + kv_len - qo_len.
         kv_layout: "NHD" or "HND".
+        pos_encoding_mode: "NONE"; "ROPE_LLAMA": q and k hold no positions yet, row i is rotated (arXiv:2104.09864) to
+            position i + kv_len - qo_len and key j to j: dims d and d + head_dim / 2 by rope_theta ** (-2 d / head_dim)
+            / rope_scale radians a token, angles in fp32; "ALIBI" (arXiv:2108.12409): slope[head] * (j - i) is added to
+            the scaled logit of row i and key j, before the soft cap. Slopes: utils.get_alibi_slopes.
+        rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
+        low_freq_factor, high_freq_factor, old_context_len: flashtile's own, Llama 3.1's frequencies for ROPE_LLAMA, as
+            of apply_llama31_rope: both factors together; old_context_len is 8192 by default.
         use_fp16_qk_reduction: a permitted speed-up; results do not depend on it here.
         sm_scale: factor on q.k; default head_dim_qk ** -0.5.
         window_left: keys before a row's position that it sees; -1: all.
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         backend: "auto", "fa2" (the portable family) or "fa3" (the Hopper family).
         k_scale, v_scale, k_zero, v_zero: as of single_decode_with_kv_cache.
-        scale_q, scale_k, scale_v, kv_cache_sf, custom_mask, packed_custom_mask, rope_scale, rope_theta: not
-            implemented yet.
+        scale_q, scale_k, scale_v, kv_cache_sf, custom_mask, packed_custom_mask: not implemented yet.
 
     Returns:
         out [qo_len, num_qo_heads, head_dim_vo]; with return_lse also lse [qo_len, num_qo_heads], fp32, base 2.
@@ -83,15 +93,15 @@ def single_prefill_with_kv_cache(
         ValueError: a shape, dtype, device or stride that does not fit. KeyError: an unknown layout or mode.
         NotImplementedError: an argument that is not built yet.
     """
-    check_pos_encoding(pos_encoding_mode)
+    encoding = read_pos_encoding(
+        pos_encoding_mode, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+    )
     reject(
         scale_q=scale_q,
         scale_k=scale_k,
         scale_v=scale_v,
         custom_mask=custom_mask,
         packed_custom_mask=packed_custom_mask,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
         kv_cache_sf=kv_cache_sf,
     )
     out, lse = single(
@@ -103,6 +113,7 @@ def single_prefill_with_kv_cache(
         window_left=window_left,
         logits_soft_cap=logits_soft_cap,
         sm_scale=sm_scale,
+        encoding=encoding,
         backend=backend,
         o_dtype=o_dtype,
         k_scale=k_scale,
@@ -116,7 +127,7 @@ def single_prefill_with_kv_cache(
 single_prefill_with_kv_cache_return_lse = partial(single_prefill_with_kv_cache, return_lse=True)
 
 
-class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
+class BatchPrefillWithPagedKVCacheWrapper(LegacyPrefill):
     """Prefill or append attention of a batch over a paged KV cache: plan() once a step, run() once a layer.
 
     Args:
@@ -186,6 +197,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
         o_data_type: DType | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        *,
+        low_freq_factor: float | None = None,
+        high_freq_factor: float | None = None,
+        old_context_len: int | None = None,
     ) -> None:
         """Schedule a batch. Host tensors are preferred: lengths on the GPU stall it while they are read.
 
@@ -196,7 +211,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             paged_kv_last_page_len: [batch_size], tokens in each last page, 1..page_size (0 for a request without
                 pages).
             head_dim_qk, head_dim_vo: multiples of 8 from 16 to 512; head_dim_vo defaults to head_dim_qk.
-            causal, sm_scale, window_left, logits_soft_cap: as of single_prefill_with_kv_cache.
+            causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, low_freq_factor,
+                high_freq_factor, old_context_len: as of single_prefill_with_kv_cache.
             q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or
                 float8_e4m3fn, float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
             non_blocking: taken for compatibility; copies never block.
@@ -205,12 +221,12 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             ValueError: sizes, dtypes, offsets, last page lengths or page ids out of range, or a workspace too small.
             NotImplementedError: an argument that is not built yet.
         """
-        check_pos_encoding(pos_encoding_mode)
+        encoding = read_pos_encoding(
+            pos_encoding_mode, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+        )
         reject(
             custom_mask=custom_mask,
             packed_custom_mask=packed_custom_mask,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
             prefix_len_ptr=prefix_len_ptr,
             token_pos_in_items_ptr=token_pos_in_items_ptr,
             token_pos_in_items_len=token_pos_in_items_len,
@@ -230,6 +246,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
             causal,
             window_left,
             logits_soft_cap,
+            encoding,
             (q_data_type, kv_data_type, o_data_type),
             page_size,
         )
@@ -296,7 +313,7 @@ class BatchPrefillWithPagedKVCacheWrapper(PlannedOp):
     run_return_lse = partialmethod(run, return_lse=True)
 
 
-class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
+class BatchPrefillWithRaggedKVCacheWrapper(LegacyRaggedPrefill):
     """Prefill or append attention of a batch whose K and V lie one request after the other: plan() once, run() per
     layer.
 
@@ -358,13 +375,18 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
         o_data_type: DType | None = None,
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
+        *,
+        low_freq_factor: float | None = None,
+        high_freq_factor: float | None = None,
+        old_context_len: int | None = None,
     ) -> None:
         """Schedule a batch. Host tensors are preferred: offsets on the GPU stall it while they are read.
 
         Args:
             qo_indptr, kv_indptr: [batch_size + 1], offsets of the requests in query tokens and in KV tokens.
             head_dim_qk, head_dim_vo: multiples of 8 from 16 to 512; head_dim_vo defaults to head_dim_qk.
-            causal, sm_scale, window_left, logits_soft_cap: as of single_prefill_with_kv_cache.
+            causal, pos_encoding_mode, sm_scale, window_left, logits_soft_cap, rope_scale, rope_theta, low_freq_factor,
+                high_freq_factor, old_context_len: as of single_prefill_with_kv_cache.
             q_data_type: default float16; o_data_type: default q_data_type. kv_data_type: default q_data_type; or
                 float8_e4m3fn, float8_e5m2, int8, uint8 (packed int4), or a tuple of K's and V's.
             non_blocking: taken for compatibility; copies never block.
@@ -373,12 +395,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
             ValueError: sizes, dtypes or offsets out of range, or a workspace too small.
             NotImplementedError: an argument that is not built yet.
         """
-        check_pos_encoding(pos_encoding_mode)
+        encoding = read_pos_encoding(
+            pos_encoding_mode, rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len
+        )
         reject(
             custom_mask=custom_mask,
             packed_custom_mask=packed_custom_mask,
-            rope_scale=rope_scale,
-            rope_theta=rope_theta,
             prefix_len_ptr=prefix_len_ptr,
             token_pos_in_items_ptr=token_pos_in_items_ptr,
             token_pos_in_items_len=token_pos_in_items_len,
@@ -394,6 +416,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(PlannedOp):
             causal,
             window_left,
             logits_soft_cap,
+            encoding,
             (q_data_type, kv_data_type, o_data_type),
             0,
         )
@@ -471,6 +494,7 @@ def _problem(
     causal: bool,
     window_left: int,
     logits_soft_cap: float | None,
+    encoding: PosEncoding,
     dtypes: tuple[DType, KVDType, DType | None],
     page_size: int,
 ) -> Problem:
@@ -489,4 +513,6 @@ def _problem(
         window_left=window_left,
         window_right=0 if causal else -1,
         logits_soft_cap=logits_soft_cap or 0.0,
+        rope=encoding.rope,
+        alibi=encoding.alibi,
     )

@@ -51,6 +51,8 @@ def test_parse_attention_names() -> None:
     assert (case.qo_len, case.kv_len, case.causal, case.page_size) == (8192, 8192, True, 1)
     case = parse_case("append/b64.q4.kv4096.h32/8.page1")
     assert (case.qo_len, case.kv_len, case.causal, case.page_size) == (4, 4096, True, 1)
+    assert parse_case("decode/b64.kv4096.h32/8.bf16.page16.rope").encoding == "rope"
+    assert case.encoding == "none"
     assert not parse_case("prefill/b1.s16384.h32/32.full").causal
 
 

@@ -1,11 +1,15 @@
 """What the Hopper family decides on the host: how tensors become matrices for TMA, and what fits into shared memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flashtile import config
 from flashtile.config import HOPPER_DIMS, hopper, hopper_refusal
 from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, box_rows, fit, shared_bytes
 from flashtile.kernels.hopper.spec import Spec
+from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Problem, Workload
 
 VIEWS = {
@@ -73,4 +77,28 @@ def test_refusals() -> None:
     assert hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (9, 0)) is None
     assert "9.0" in (hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (8, 0)) or "")
     assert "80/80" in (hopper_refusal(Problem(32, 8, 80, 80, half, half, half), (9, 0)) or "")
+    for encoding, mode in (({"rope": Rope()}, "ROPE_LLAMA"), ({"alibi": True}, "ALIBI")):
+        problem = Problem(32, 8, 128, 128, half, half, half, **encoding)  # type: ignore[arg-type]
+        assert mode in (hopper_refusal(problem, (9, 0)) or "")
     assert "float8" in (hopper_refusal(Problem(32, 8, 128, 128, half, torch.float8_e4m3fn, half), (9, 0)) or "")
+
+
+def test_rope_is_served_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(config, "num_sms", lambda device: 132)
+    half, device = torch.bfloat16, torch.device("cuda")
+    rope = Problem(32, 8, 128, 128, half, half, half, page_size=16, rope=Rope())
+    alibi = replace(rope, rope=None, alibi=True)
+
+    def chosen(problem: Problem, qo_len: int, backend: str = "auto") -> tuple[str, bool]:
+        c = config.choose(problem, Workload(8, 8 * qo_len, qo_len, 8 * 4096, 4096), device, backend)
+        return c.family, c.rotate_first
+
+    assert chosen(rope, 1024) == ("hopper", True)
+    assert chosen(rope, 64) == chosen(rope, 1) == ("portable", False)
+    assert chosen(rope, 64, "fa3") == ("hopper", True)
+    assert chosen(rope, 1024, "fa2") == ("portable", False)
+    assert chosen(alibi, 1024) == ("portable", False)
+    assert chosen(replace(rope, rope=None), 1024) == ("hopper", False)
+    with pytest.raises(NotImplementedError, match="ALIBI"):
+        chosen(alibi, 1024, "fa3")

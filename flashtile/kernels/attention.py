@@ -12,9 +12,12 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.config import Config, portable
-from flashtile.kernels import codec, kv, variants
+from flashtile.kernels import codec, kv, rotation, variants
 from flashtile.kernels.kv import load_factor, load_group_factor, load_rows, of_head
+from flashtile.kernels.rotation import load_frequencies, turn
 from flashtile.kernels.softmax import LOG2_E, NEG_INF, add_sink, finish, softmax_step
+from flashtile.kernels.variants import lse_shift
+from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Plan
 from flashtile.plan.problem import PARTS, Problem, Workload
 from flashtile.plan.scales import NO_SCALES, Factor, Scales
@@ -51,14 +54,15 @@ def dot(a, b, acc, PARTS_OF: tl.constexpr):
 
 @triton.jit
 def rescale_groups(
-    parts, scale, zero, page, row, in_range, BIAS: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    parts, scale, zero, page, row, in_range, BIAS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decoded parts with a scale, and perhaps a zero point, per group of GROUP_WIDTH columns."""
-    factor = load_group_factor(scale, page, row, in_range, WIDTH, GROUP_WIDTH, BLOCK)
+    """Decoded parts of columns from FIRST on, with a scale, and perhaps a zero point, per group of GROUP_WIDTH
+    columns."""
+    factor = load_group_factor(scale, page, row, in_range, FIRST, WIDTH, GROUP_WIDTH, BLOCK)
     offset = tl.zeros_like(factor)
     if zero is not None:
-        offset = load_group_factor(zero, page, row, in_range, WIDTH, GROUP_WIDTH, BLOCK) - BIAS
+        offset = load_group_factor(zero, page, row, in_range, FIRST, WIDTH, GROUP_WIDTH, BLOCK) - BIAS
     out = ()
     for i in tl.static_range(len(parts)):
         out = out + ((parts[i].to(tl.float32) - offset) * factor,)
@@ -95,12 +99,21 @@ def whole(parts):
 
 
 @triton.jit
+def less_zero(parts, zero):
+    """Decoded parts [BLOCK_N, BLOCK_K] less a zero point per token [BLOCK_N], in fp32."""
+    out = ()
+    for i in tl.static_range(len(parts)):
+        out = out + (parts[i].to(tl.float32) - tl.expand_dims(zero, -1),)
+    return out
+
+
+@triton.jit
 def attend(
-    q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
+    q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, begin, end,
     m, l, acc, shift,
-    KV_ROW: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
-    V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
-    K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    KV_ROW: tl.constexpr, COS_SIN: tl.constexpr, K_GAIN: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr,
+    V_DECODE: tl.constexpr, K_FORM: tl.constexpr, V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     WAYS: tl.constexpr, STAGES: tl.constexpr,
@@ -114,6 +127,8 @@ def attend(
 
     q: tuple of tiles [BLOCK_M, BLOCK_K], one per part of K; q_sum [BLOCK_M]: its sum over all dims, for the zero point;
     q_pos [BLOCK_M]: position in the KV sequence. k, v: (pointer, stride of a page, stride of a row, scale, zero point).
+    freqs, COS_SIN: of rotation.py, or (), None. With them q is rotated, its tiles are those of half a row, then of the
+    other, and so are those of K, which is rotated here.
     shift [BLOCK_M]: what V's zero points take from each dim of acc. Without MASKED, all rows see all of [begin, end)
     and its length is a multiple of BLOCK_N.
     """
@@ -133,19 +148,30 @@ def attend(
             v_rows = page * stride_vp + row * stride_vn
 
         keys = K_DECODE(load_rows(k_ptr, k_rows, cols_k, in_range, MASKED, K_WIDTH, BLOCK_K))
+        PARTS_OF: tl.constexpr = len(keys)
         if K_FORM == "group":
-            keys = rescale_groups(keys, k_scale, k_zero, page, row, in_range, K_BIAS, K_WIDTH, K_GROUP, BLOCK_K)
-        s = dot(q[0], turned(keys[0].to(K_TYPE)), None, len(keys))
+            keys = rescale_groups(keys, k_scale, k_zero, page, row, in_range, K_BIAS, 0, K_WIDTH, K_GROUP, BLOCK_K)
+        if COS_SIN is not None:
+            far = K_DECODE(load_rows(k_ptr + K_WIDTH, k_rows, cols_k, in_range, MASKED, K_WIDTH, BLOCK_K))
+            if K_FORM == "group":
+                far = rescale_groups(
+                    far, k_scale, k_zero, page, row, in_range, K_BIAS, K_WIDTH, K_WIDTH, K_GROUP, BLOCK_K
+                )
+            elif k_zero is not None:  # q.(R zero) would depend on the position
+                zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
+                keys, far = less_zero(keys, zero), less_zero(far, zero)
+            keys = turn(keys, far, kv_pos, freqs, COS_SIN, K_GAIN)
+        s = dot(q[0], turned(keys[0].to(K_TYPE)), None, PARTS_OF)
         for i in tl.static_range(1, len(keys)):
-            s = dot(q[i], turned(keys[i].to(K_TYPE)), s, len(keys))
+            s = dot(q[i], turned(keys[i].to(K_TYPE)), s, PARTS_OF)
         s = s.to(tl.float32)
         if K_FORM != "group":
-            if k_zero is not None:
+            if k_zero is not None and COS_SIN is None:
                 zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
                 s -= tl.expand_dims(q_sum, -1) * tl.expand_dims(zero, -2)
             if K_FORM == "token":
                 s *= tl.expand_dims(load_factor(k_scale, page, row, in_range, MASKED), -2)
-        s = LOGITS(s, logit_params)  # [BLOCK_M, BLOCK_N], log2 units
+        s = LOGITS(s, q_pos, kv_pos, logit_params)  # [BLOCK_M, BLOCK_N], log2 units
         if MASKED:
             keep = tl.expand_dims(in_range, -2)
             if LEFT:
@@ -165,7 +191,7 @@ def attend(
             l = l * alpha + tl.sum(p, -1)
         values = V_DECODE(load_rows(v_ptr, v_rows, cols_v, in_range, MASKED, V_WIDTH, BLOCK_V))
         if V_FORM == "group":
-            values = rescale_groups(values, v_scale, v_zero, page, row, in_range, V_BIAS, V_WIDTH, V_GROUP, BLOCK_V)
+            values = rescale_groups(values, v_scale, v_zero, page, row, in_range, V_BIAS, 0, V_WIDTH, V_GROUP, BLOCK_V)
         if len(acc) < len(values):
             values = (whole(values),)
         p = p.to(V_TYPE)
@@ -202,27 +228,27 @@ def join_ways(m, l, acc, shift):
 
 @triton.jit
 def load_query(
-    q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr
-):
-    """The query in parts, as codec.py cuts K: tiles [BLOCK_M, BLOCK] of dims i, i + PARTS_OF ... Also its sum over all
-    dims, and the factor [BLOCK_M] that was taken out of it: bf16 values may exceed fp16."""
-    cols = tl.arange(0, BLOCK)
-    mask = valid[:, None] & (cols < WIDTH)[None, :]
-    loaded = ()
-    for i in tl.static_range(PARTS_OF):
-        ptrs = q_ptr + (rows[:, None] + (cols * PARTS_OF + i)[None, :])
-        loaded = loaded + (tl.load(ptrs, mask=mask, other=0.0),)
+    q_ptr, rows, q_pos, valid, freqs, COS_SIN: tl.constexpr, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """The query in parts, as codec.py cuts K: tiles [BLOCK_M, BLOCK] of dims i, i + PARTS_OF ...; of half a row, then
+    of the other, rotated, if there is a COS_SIN. Also its sum over all dims, and the factor [BLOCK_M] that was taken
+    out of it: bf16 values may exceed fp16."""
+    loaded = load_parts(q_ptr, rows, valid, PARTS_OF, WIDTH, BLOCK)
+    if COS_SIN is not None:
+        far = load_parts(q_ptr + WIDTH * PARTS_OF, rows, valid, PARTS_OF, WIDTH, BLOCK)
+        loaded = turn(loaded, far, q_pos, freqs, COS_SIN, 1.0)
     unit = tl.full([rows.shape[0]], 1.0, tl.float32)
     if q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == TYPE:
         top = tl.zeros([rows.shape[0]], tl.float32)
-        for i in tl.static_range(PARTS_OF):
+        for i in tl.static_range(len(loaded)):
             top = tl.maximum(top, tl.max(tl.abs(loaded[i].to(tl.float32)), 1))
         # the largest power of 2 <= top
         power = (top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.where(power == 0.0, 1.0, power)
     total = tl.zeros([rows.shape[0]], tl.float32)
     q = ()
-    for i in tl.static_range(PARTS_OF):
+    for i in tl.static_range(len(loaded)):
         part = loaded[i]
         if part.dtype != TYPE:
             part = (part.to(tl.float32) / unit[:, None]).to(TYPE)
@@ -232,12 +258,25 @@ def load_query(
 
 
 @triton.jit
+def load_parts(q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """PARTS_OF * WIDTH dims of the query's rows in parts, tiles [BLOCK_M, BLOCK]."""
+    cols = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (cols < WIDTH)[None, :]
+    out = ()
+    for i in tl.static_range(PARTS_OF):
+        ptrs = q_ptr + (rows[:, None] + (cols * PARTS_OF + i)[None, :])
+        out = out + (tl.load(ptrs, mask=mask, other=0.0),)
+    return out
+
+
+@triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, kv_indices_ptr, sinks_ptr,
-    k_scale, v_scale, k_zero, v_zero,
+    table_ptr, k_scale, v_scale, k_zero, v_zero,
     stride_qn, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_on, stride_oh,
     sm_scale, out_scale, soft_cap, window_left, window_right, num_qo_heads,
-    KV_ROW: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
+    KV_ROW: tl.constexpr, COS_SIN: tl.constexpr, LOGITS: tl.constexpr, SLOPES: tl.constexpr, SHIFTED: tl.constexpr,
+    K_GAIN: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
     V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
     K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, LEFT: tl.constexpr,
@@ -248,8 +287,10 @@ def attention_kernel(
 ):  # fmt: skip
     """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
 
-    A row of K is K_WIDTH elements of k_ptr, each with K_PARTS values. k_scale ... v_zero: (pointer, strides of a page,
-    a row and a head, for "group" also a group), or (pointer, stride of a head) for "head"; None if there is none.
+    A row of K (half a row, if there is a COS_SIN) is K_WIDTH elements of k_ptr, each with K_PARTS values. table_ptr:
+    the frequencies for COS_SIN, or with SLOPES a slope per query head. SHIFTED: LOGITS leaves lse_shift to be added.
+    k_scale ... v_zero: (pointer, strides of a page, a row and a head, for "group" also a group), or (pointer, stride of
+    a head) for "head"; None if there is none.
     """
     item = items_ptr + tl.program_id(1).to(tl.int64) * ITEM
     q_begin = tl.load(item + 1)
@@ -269,9 +310,13 @@ def attention_kernel(
     valid = token < qo_len
     q_row = (q_begin + token).to(tl.int64)
     q_pos = token + kv_len - qo_len
+    freqs = ()
+    if COS_SIN is not None:
+        freqs = load_frequencies(table_ptr, K_PARTS, K_WIDTH, BLOCK_K)
     q, q_sum, q_unit = load_query(
-        q_ptr, q_row * stride_qn + head.to(tl.int64) * stride_qh, valid, K_PARTS, K_WIDTH, BLOCK_K, K_TYPE
-    )
+        q_ptr, q_row * stride_qn + head.to(tl.int64) * stride_qh, q_pos, valid, freqs, COS_SIN, K_PARTS, K_WIDTH,
+        BLOCK_K, K_TYPE,
+    )  # fmt: skip
 
     # [begin, left) and [right, end) hold keys that some rows must not see, [left, right) is visible to all
     left = begin
@@ -298,9 +343,12 @@ def attention_kernel(
     if v_zero is not None:
         v_zero = of_head(v_zero, kv_head)
     if q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == K_TYPE:
-        logit_params = ((sm_scale * q_unit)[:, None], soft_cap)
-    else:
-        logit_params = (sm_scale, soft_cap)
+        sm_scale = (sm_scale * q_unit)[:, None]
+    sm_scale /= K_GAIN
+    slope, ahead = 0.0, kv_len - qo_len
+    if SLOPES:
+        slope = tl.load(table_ptr + head, mask=valid, other=0.0)[:, None]
+    logit_params = (sm_scale, soft_cap, slope, ahead)
 
     l = tl.zeros([BLOCK_M] if WAYS == 1 else [WAYS, BLOCK_M], tl.float32)
     m = l + NEG_INF
@@ -315,27 +363,27 @@ def attention_kernel(
     v = (v_ptr + kv_head * stride_vh, stride_vp, stride_vn, v_scale, v_zero)
     if ONE_LOOP:
         m, l, acc, shift = attend(
-            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, end,
-            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
-            STAGES)  # fmt: skip
+            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, begin, end,
+            m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS,
+            K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K,
+            BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
     else:
         if LEFT:
             m, l, acc, shift = attend(
-                q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, begin, left,
-                m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-                K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
-                1)  # fmt: skip
+                q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right,
+                begin, left, m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM,
+                K_BIAS, V_BIAS, K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH,
+                V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
         m, l, acc, shift = attend(
-            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, left, right,
-            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
-            STAGES)  # fmt: skip
+            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, left, right,
+            m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS,
+            K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K,
+            BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
         m, l, acc, shift = attend(
-            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, window_left, window_right, right, end,
-            m, l, acc, shift, KV_ROW, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS, K_GROUP, V_GROUP,
-            K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS,
-                1)  # fmt: skip
+            q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, right, end,
+            m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS,
+            K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K,
+            BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
 
     if WAYS > 1:
         m, l, acc, shift = join_ways(m, l, acc, shift)
@@ -343,7 +391,9 @@ def attention_kernel(
         gdc_launch_dependents()  # the merge may start; it waits for this grid's stores
     offs_dv = tl.arange(0, BLOCK_V * V_PARTS)
     gain = tl.full([BLOCK_M], 1.0, tl.float32) * out_scale
-    if SINKS:  # once per row: of a split tile, the merge adds it
+    if SHIFTED:
+        m += tl.where(slot < 0, lse_shift(tl.reshape(slope, [BLOCK_M]), ahead), 0.0)
+    if SINKS:  # once per row, as the shift of lse: of a split tile, the merge adds them
         m, l, alpha = add_sink(m, l, tl.load(sinks_ptr + head, mask=valid & (slot < 0), other=NEG_INF) * LOG2_E)
         gain *= alpha
     factor, lse = finish(m, l)
@@ -364,9 +414,9 @@ def attention_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merges_ptr, sinks_ptr, stride_on, stride_oh, num_qo_heads,
-    ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merges_ptr, sinks_ptr, slopes_ptr, stride_on, stride_oh,
+    num_qo_heads, ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, SHIFTED: tl.constexpr, D_VO: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One CTA per (BLOCK_R packed rows of a split tile, head group): joins the partial states of the rows' KV chunks.
 
@@ -380,6 +430,7 @@ def merge_kernel(
     row = tl.load(merge + 2) + r
     slot_begin = tl.load(merge + 3).to(tl.int64)
     num_slots = tl.load(merge + 4)
+    kv_len = tl.load(merge + 5)
     head_group = tl.program_id(0)
     token = row // PACK
     head = head_group * PACK + row % PACK
@@ -401,6 +452,8 @@ def merge_kernel(
         p, m, alpha = softmax_step(lse, m, True)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None] + tl.sum(p[:, :, None] * out, 1)
+    if SHIFTED:
+        m += lse_shift(tl.load(slopes_ptr + head, mask=valid, other=0.0), kv_len - qo_len)
     if SINKS:
         m, l, alpha = add_sink(m, l, tl.load(sinks_ptr + head, mask=valid, other=0.0) * LOG2_E)
         acc *= alpha[:, None]
@@ -430,9 +483,10 @@ def launch_merge(
     block_r = 1 if groups * plan.num_merges * rows < MANY_CTAS else max(MERGE_ELEMENTS // (block_dv * block_s), 1)
     block_r = min(block_r, triton.next_power_of_2(rows))
     merge_kernel[(groups, plan.num_merges * triton.cdiv(rows, block_r))](
-        partial, partial_lse, out, lse, plan.merges, sinks if sinks is not None else lse, out.stride(0), out.stride(1),
-        p.num_qo_heads, rows, PACK=c.pack, SINKS=sinks is not None, D_VO=p.head_dim_vo, BLOCK_DV=block_dv,
-        BLOCK_M=c.block_m, BLOCK_S=block_s, BLOCK_R=block_r, OVERLAP=c.overlap, num_warps=4, launch_pdl=c.overlap,
+        partial, partial_lse, out, lse, plan.merges, sinks if sinks is not None else lse, plan.table,
+        out.stride(0), out.stride(1), p.num_qo_heads, rows, PACK=c.pack, SINKS=sinks is not None, SHIFTED=p.alibi_shift,
+        D_VO=p.head_dim_vo, BLOCK_DV=block_dv, BLOCK_M=c.block_m, BLOCK_S=block_s, BLOCK_R=block_r, OVERLAP=c.overlap,
+        num_warps=4, launch_pdl=c.overlap,
     )  # fmt: skip
 
 
@@ -459,7 +513,7 @@ def run(
     if plan.num_items:
         attention_kernel[(p.num_qo_heads // c.pack, plan.num_items)](
             q, k, v, out, lse, partial, partial_lse, plan.items, plan.kv_indices, sinks if sinks is not None else lse,
-            *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
+            plan.table, *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
             q.stride(0), q.stride(1), *k_strides, *v_strides, out.stride(0), out.stride(1),
             sm_scale, scales.out, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
             **constexprs(p, c, sinks is not None, k_strides[:2] == v_strides[:2], scales),
@@ -504,10 +558,21 @@ def constexprs(
 ) -> dict[str, object]:
     """What the mainloop is specialised on; alike: K and V have the same page and token strides."""
     k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
+    exact = p.q_dtype == torch.float32
+    logits = {
+        (False, False): variants.plain,
+        (False, True): variants.soft_capped,
+        (True, False): variants.alibi,
+        (True, True): variants.alibi_soft_capped,
+    }
     block_k, block_v, v_tiles = tile_widths(p, c)
     return {
         "KV_ROW": kv.paged_row if p.paged else kv.contiguous_row,
-        "LOGITS": variants.soft_capped if p.logits_soft_cap > 0 else variants.plain,
+        "COS_SIN": rotation.cos_sin_for(exact) if p.rope else None,
+        "LOGITS": logits[p.alibi, p.logits_soft_cap > 0],
+        "SLOPES": p.alibi,
+        "SHIFTED": p.alibi_shift,
+        "K_GAIN": rotation.key_gain(p.k_format, exact) if p.rope else 1.0,
         "K_DECODE": codec.decoder(p.k_format, c.has_e4m3),
         "V_DECODE": codec.decoder(p.v_format, c.has_e4m3),
         "K_FORM": scales.k.form if scales.k else "none",
@@ -529,7 +594,7 @@ def constexprs(
         "K_PARTS": k_parts,
         "V_PARTS": v_parts,
         "V_TILES": v_tiles,
-        "K_WIDTH": p.head_dim_qk // k_parts,
+        "K_WIDTH": key_width(p) // k_parts,
         "V_WIDTH": p.head_dim_vo // v_parts,
         "BLOCK_K": block_k,
         "BLOCK_V": block_v,
@@ -550,6 +615,11 @@ def group_width(scale: Factor | None, head_dim: int, parts: int, block: int) -> 
     return block if groups == 1 else head_dim // groups // parts
 
 
+def key_width(p: Problem) -> int:
+    """Dims of a tile of keys: a half of each row where pairs of dims are turned."""
+    return p.head_dim_qk // 2 if p.rope else p.head_dim_qk
+
+
 def tile_widths(p: Problem, c: Config) -> tuple[int, int, int]:
     """Words of a row of K and of V, filled up to what the tensor cores take, and in how many tiles V is multiplied: one
     for each part, or one of all.
@@ -561,7 +631,7 @@ def tile_widths(p: Problem, c: Config) -> tuple[int, int, int]:
     k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
     block_k, block_v = (
         max(triton.next_power_of_2(dim // parts), 16)
-        for dim, parts in ((p.head_dim_qk, k_parts), (p.head_dim_vo, v_parts))
+        for dim, parts in ((key_width(p), k_parts), (p.head_dim_vo, v_parts))
     )
     least = min(block_k, 64)
     if not c.has_wgmma or c.block_m < 64 or block_v >= least:
@@ -621,11 +691,28 @@ def compile_cases() -> list[CompileCase]:
                   head_dim_qk=512, head_dim_vo=512),
             _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8,
                   v_dtype=torch.uint8),
+            *[_case(f"decode.rope.page{n}", sm, half, 1, page_size=n, rope=Rope()) for n in (1, 16)],
+            *[_case(f"decode.rope.dim{d}", sm, half, 1, page_size=16, rope=Rope(), head_dim_qk=d, head_dim_vo=d)
+              for d in (80, 256, 512)],
+            _case("decode.rope.fp32", sm, full, 1, page_size=16, rope=Rope()),
+            *[_case(f"decode.rope.{cache}.{form}", sm, half, 1, _scales(form), page_size=16, kv_dtype=cache_dtype,
+                    rope=Rope())
+              for cache, cache_dtype, form in (("e5m2", torch.float8_e5m2, "head"), ("int8", torch.int8, "zero"),
+                                               ("int4", torch.uint8, "group"))],
+            *[_case(f"append.rope.dim{d}", sm, half, 8, page_size=16, rope=Rope(), window_right=0, head_dim_qk=d,
+                    head_dim_vo=d) for d in (128, 256, 512)],
+            *[_case(f"{name}.{mode}", sm, half, qo_len, page_size=16, **mode_fields, **fields)
+              for mode, mode_fields in (("rope", {"rope": Rope()}), ("alibi", {"alibi": True}))
+              for name, qo_len, fields in (
+                  ("decode.window", 1, {"window_left": 512}), ("prefill", 1024, {"window_right": 0}),
+                  ("prefill.variants", 1024, {"window_left": 512, "window_right": 0, "logits_soft_cap": 30.0}),
+              )],
         ]  # fmt: skip
-    merge = dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr", "sinks_ptr"), "*fp32")
+    merge = dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr", "sinks_ptr", "slopes_ptr"), "*fp32")
     merge |= {"out_ptr": "*bf16", "merges_ptr": "*i32"}
     merge |= dict.fromkeys(("stride_on", "stride_oh", "num_qo_heads", "ROWS"), "i32")
-    tile = {"PACK": 4, "SINKS": False, "D_VO": 128, "BLOCK_DV": 128, "BLOCK_M": 16, "OVERLAP": False}
+    tile = {"PACK": 4, "D_VO": 128, "BLOCK_DV": 128, "BLOCK_M": 16}
+    tile |= dict.fromkeys(("SINKS", "SHIFTED", "OVERLAP"), False)
     for block_s, block_r in ((64, 1), (4, 16)):
         constants = {**tile, "BLOCK_S": block_s, "BLOCK_R": block_r}
         name = f"merge.{block_r}x{block_s}"
@@ -653,7 +740,7 @@ def _case(
     signature: dict[str, Any] = dict.fromkeys(("q_ptr", "out_ptr"), element)
     signature["k_ptr"] = element if problem.k_format == "plain" else "*i16"
     signature["v_ptr"] = element if problem.v_format == "plain" else "*i16"
-    signature |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
+    signature |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr", "table_ptr"), "*fp32")
     signature |= dict.fromkeys(("items_ptr", "kv_indices_ptr"), "*i32")
     signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
     signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")

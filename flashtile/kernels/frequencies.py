@@ -1,10 +1,12 @@
-"""The frequencies of rotary embeddings (arXiv:2104.09864), with Llama 3.1's smoothing: one small table per model."""
+"""The frequencies of rotary embeddings (arXiv:2104.09864) on the device: one small table per model."""
 
-import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from flashtile.plan import encoding
+from flashtile.plan.encoding import Rope
 
 
 @lru_cache(maxsize=64)
@@ -13,18 +15,9 @@ def frequencies(
 ) -> Tensor:
     """Radians per token of each rotated pair, [rotary_dim / 2] fp32 on `device`; kept, as every layer asks again.
 
-    fp64 inside: an error of one part in 2**24 turns the fastest pair by 0.06 radians at position 1e6.
-    llama31: (low_freq_factor, high_freq_factor, old_context_len): pairs that turn at least high_freq_factor times
-    within the old context keep their frequency, those that turn at most low_freq_factor times are slowed by rope_scale,
-    and those between are mixed linearly.
+    llama31: (low_freq_factor, high_freq_factor, old_context_len), see plan/encoding.py.
     """
-    plain = rope_theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float64) / -rotary_dim)
-    scaled = plain / rope_scale
-    if llama31 is not None:
-        low, high, old_context_len = llama31
-        turns = plain * (old_context_len / (2 * math.pi))
-        scaled = torch.lerp(scaled, plain, ((turns - low) / (high - low)).clamp(0, 1))
-    return scaled.float().to(device)
+    return encoding.frequencies(rotary_dim, Rope(rope_scale, rope_theta, llama31)).float().to(device)
 
 
 @lru_cache(maxsize=64)

@@ -62,17 +62,26 @@ def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
 
 @triton.jit
 def load_group_factor(
-    factor, page, row, in_range, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    factor, page, row, in_range, FIRST: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A scale or zero point per token and group of GROUP_WIDTH columns, spread over the columns: [BLOCK_N, BLOCK]
-    fp32. factor is (pointer, strides of a page, a row and a group)."""
-    GROUPS: tl.constexpr = BLOCK // GROUP_WIDTH
-    group = tl.arange(0, GROUPS)
-    ptrs = factor[0] + (tl.expand_dims(page * factor[1] + row * factor[2], -1) + group * factor[3])
-    mask = tl.expand_dims(in_range, -1) & (group * GROUP_WIDTH < WIDTH)
-    each = tl.expand_dims(tl.load(ptrs, mask=mask, other=0).to(tl.float32), -1)
-    if len(row.shape) == 1:
-        return tl.reshape(tl.broadcast_to(each, [row.shape[0], GROUPS, GROUP_WIDTH]), [row.shape[0], BLOCK])
-    else:
-        spread = tl.broadcast_to(each, [row.shape[0], row.shape[1], GROUPS, GROUP_WIDTH])
-        return tl.reshape(spread, [row.shape[0], row.shape[1], BLOCK])
+    """A scale or zero point per token and group of GROUP_WIDTH columns, spread over columns FIRST to FIRST + WIDTH of a
+    row: [BLOCK_N, BLOCK] fp32. factor is (pointer, strides of a page, a row and a group)."""
+    GROUPS: tl.constexpr = BLOCK // GROUP_WIDTH if BLOCK > GROUP_WIDTH else 1
+    SPAN: tl.constexpr = BLOCK // GROUPS
+    WHOLE: tl.constexpr = FIRST % GROUP_WIDTH == 0 or (FIRST % GROUP_WIDTH + WIDTH <= GROUP_WIDTH)
+    row_ptrs = tl.expand_dims(factor[0] + (page * factor[1] + row * factor[2]), -1)
+    if WHOLE:
+        group = tl.arange(0, GROUPS)
+        mask = tl.expand_dims(in_range, -1) & (group * GROUP_WIDTH < WIDTH)
+        each = tl.load(row_ptrs + (FIRST // GROUP_WIDTH + group) * factor[3], mask=mask, other=0).to(tl.float32)
+        each = tl.expand_dims(each, -1)
+        if len(row.shape) == 1:
+            return tl.reshape(tl.broadcast_to(each, [row.shape[0], GROUPS, SPAN]), [row.shape[0], BLOCK])
+        else:
+            spread = tl.broadcast_to(each, [row.shape[0], row.shape[1], GROUPS, SPAN])
+            return tl.reshape(spread, [row.shape[0], row.shape[1], BLOCK])
+    else:  # a half row that begins within a group: each column looks for its own
+        cols = tl.arange(0, BLOCK)
+        mask = tl.expand_dims(in_range, -1) & (cols < WIDTH)
+        return tl.load(row_ptrs + (FIRST + cols) // GROUP_WIDTH * factor[3], mask=mask, other=0).to(tl.float32)

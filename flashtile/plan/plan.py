@@ -1,13 +1,16 @@
 """A plan: the work list of one batch on one device, ready to launch for every layer of a step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from flashtile.config import Config, num_sms
+from flashtile.plan.encoding import alibi_slopes, frequencies
+from flashtile.plan.moves import MOVE_STRIDE, Moves, make_moves, moved_bytes
 from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import (
     ITEM_FIELDS,
@@ -56,11 +59,14 @@ class Plan:
     merges: Tensor  # [num_merges, MERGE_STRIDE] int32
     turns: Tensor  # [rounds, ctas] int32, of a persistent grid; else empty
     kv_indices: Tensor  # page ids, int32; any int32 tensor if the KV is ragged
+    table: Tensor  # fp32: the rope's radians per token [head_dim_qk / 2], or ALiBi's slopes [num_qo_heads]; or empty
     num_slots: int
     max_slots: int  # of one split tile
     lengths: Lengths
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
     kv_rows_request: int = 0  # a request that reads the last of them
+    moves: Moves | None = None  # with config.rotate_first: what brings q and K to where `inner` reads them
+    inner: "Plan | None" = None  # of the same batch over the result; this plan has no items of its own then
 
     @property
     def num_items(self) -> int:
@@ -78,7 +84,9 @@ class Plan:
         return self.problem.num_qo_heads // self.config.pack
 
     def workspace_size(self) -> int:
-        """Bytes of workspace that run() needs: the partial states of split tiles, fp32."""
+        """Bytes of workspace that run() needs: the partial states of split tiles, fp32; and of rotated q and K."""
+        if self.inner is not None:
+            return sum(moved_bytes(self.problem, self.work)) + self.inner.workspace_size()
         return self.num_slots * self.num_head_groups * self.config.block_m * (self.problem.head_dim_vo + 1) * 4
 
     def partials(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +109,8 @@ def make_plan(
     kv_rows_request: int = 0,
 ) -> Plan:
     """Schedule a batch and bring the work list to the device in one copy."""
+    if config.rotate_first:
+        return _make_rotated_plan(problem, config, lengths, kv_indices, device, kv_rows, kv_rows_request)
     tiling = config.tiling(problem, num_sms(device))
     work = make_worklist(
         lengths.qo_indptr, lengths.kv_base, lengths.kv_len, tiling, problem.window_left, problem.window_right
@@ -109,7 +119,9 @@ def make_plan(
     if tiling.persistent:
         lengths_of = work.items[:, ITEM_FIELDS.index("kv_end")] - work.items[:, ITEM_FIELDS.index("kv_begin")]
         turns = take_turns(lengths_of.astype(np.int64), tiling)
-    items, merges, turns_there = upload([work.items, work.merges, turns], device)
+    # the table first, filled up to 16 bytes: then items start at such a multiple in every plan
+    host = [position_table(problem).view(np.int32), work.items, work.merges, turns]
+    table, items, merges, turns_there = upload(host, device)
     return Plan(
         problem=problem,
         config=config,
@@ -119,12 +131,64 @@ def make_plan(
         merges=merges.view(-1, MERGE_STRIDE),
         turns=turns_there.view(turns.shape),
         kv_indices=kv_indices,
+        table=table.view(torch.float32),
         num_slots=work.num_slots,
         max_slots=int(work.merges[:, MERGE_FIELDS.index("num_slots")].max(initial=0)),
         lengths=lengths,
         kv_rows=kv_rows,
         kv_rows_request=kv_rows_request,
     )
+
+
+def _make_rotated_plan(
+    problem: Problem,
+    config: Config,
+    lengths: Lengths,
+    kv_indices: Tensor,
+    device: torch.device,
+    kv_rows: int,
+    kv_rows_request: int,
+) -> Plan:
+    """The plan of a batch whose q and K are rotated first."""
+    qo_begin, qo_len = lengths.qo_indptr[:-1], np.diff(lengths.qo_indptr)
+    kv_begin = np.cumsum(lengths.kv_len) - lengths.kv_len
+    q_moves = make_moves(qo_begin, qo_begin, qo_len, lengths.kv_len - qo_len)
+    kv_moves = make_moves(kv_begin, lengths.kv_base, lengths.kv_len, np.zeros_like(kv_begin))
+    table, q_part, kv_part = upload([position_table(problem).view(np.int32), q_moves, kv_moves], device)
+    inner = make_plan(
+        replace(problem, rope=None, page_size=0),
+        replace(config, rotate_first=False),
+        Lengths(lengths.qo_indptr, kv_begin, lengths.kv_len),
+        kv_indices,
+        device,
+    )
+    return Plan(
+        problem=problem,
+        config=config,
+        work=lengths.workload(),
+        device=device,
+        items=table[:0].view(-1, ITEM_STRIDE),
+        merges=table[:0].view(-1, MERGE_STRIDE),
+        turns=table[:0].view(0, 1),
+        kv_indices=kv_indices,
+        table=table.view(torch.float32),
+        num_slots=0,
+        max_slots=0,
+        lengths=lengths,
+        kv_rows=kv_rows,
+        kv_rows_request=kv_rows_request,
+        moves=Moves(q_part.view(-1, MOVE_STRIDE), kv_part.view(-1, MOVE_STRIDE)),
+        inner=inner,
+    )
+
+
+def position_table(p: Problem) -> npt.NDArray[np.float32]:
+    """What the kernels need for a position encoding (see Plan.table), filled up to a multiple of 4 numbers."""
+    if p.rope is not None:
+        numbers = frequencies(p.head_dim_qk, p.rope)
+    else:
+        numbers = alibi_slopes(p.num_qo_heads) if p.alibi else torch.empty(0)
+    return np.pad(numbers.float().numpy(), (0, -len(numbers) % 4))
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:  # type: ignore[type-arg]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashtile.plan.encoding import Rope
+
 # Cache formats by the dtype of the cache; other dtypes are "plain" and must be the query's. uint8 holds two int4 a
 # byte.
 FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "int8", torch.uint8: "int4"}
@@ -31,6 +33,8 @@ class Problem:
     window_right: int = -1
     logits_soft_cap: float = 0.0
     v_dtype: torch.dtype | None = None  # of V's cache, where kv_dtype is only K's
+    rope: Rope | None = None  # q and k are to be rotated: q at its position, key j at j
+    alibi: bool = False  # slope[head] * (j - i) is added to the scaled logit of key j and the request's row i
 
     @property
     def k_format(self) -> str:
@@ -51,6 +55,12 @@ class Problem:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def alibi_shift(self) -> bool:
+        """Whether logits are less than ALiBi's by slope * (kv_len - qo_len), a constant of the row, until the end: out
+        does not depend on it, lse does. A soft cap needs them whole."""
+        return self.alibi and not self.logits_soft_cap
 
     @property
     def paged(self) -> bool:
@@ -76,6 +86,8 @@ class Problem:
             raise ValueError(f"window_left: expected -1 (off) or a number of tokens, got {self.window_left}")
         if not self.logits_soft_cap >= 0:
             raise ValueError(f"logits_soft_cap: expected 0 (off) or a positive cap, got {self.logits_soft_cap}")
+        if self.rope is not None:
+            self.rope.check()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ ITEM_FIELDS = (
 )
 ITEM_STRIDE = len(ITEM_FIELDS)
 # Columns of WorkList.merges, int32 each.
-MERGE_FIELDS = ("q_begin", "qo_len", "row_begin", "slot_begin", "num_slots")
+MERGE_FIELDS = ("q_begin", "qo_len", "row_begin", "slot_begin", "num_slots", "kv_len")
 MERGE_STRIDE = len(MERGE_FIELDS)
 TAIL_PIECES = 8  # of a tile that is cut to fill the last wave: more cost workspace, and steps at their ends
 
@@ -233,7 +233,9 @@ def make_worklist(
     items = _spread_heads(items, tiling)
 
     m = np.flatnonzero(cut)
-    merges = np.stack([qo_indptr[request[m]], qo_len[request[m]], row_begin[m], slots_before[m], chunks[m]], axis=1)
+    r = request[m]
+    columns = [qo_indptr[r], qo_len[r], row_begin[m], slots_before[m], chunks[m], kv_len[r]]
+    merges = np.stack(columns, axis=1)
     return WorkList(items.astype(np.int32), merges.astype(np.int32), int(chunks[cut].sum()))
 
 

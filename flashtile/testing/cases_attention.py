@@ -8,10 +8,12 @@ from torch import Tensor
 
 from flashtile.config import Config
 from flashtile.decode import BatchDecodeWithPagedKVCacheWrapper
+from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Problem
 from flashtile.prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
-from flashtile.reference.attention import attention
+from flashtile.reference.attention import alibi_slopes, attention
 from flashtile.reference.quantization import dequantise_kv
+from flashtile.reference.rope import frequencies
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class AttentionCase:
     scale: str = "none"  # "float", "0d", "head", "token", or "group32" ... "group128"
     zero: bool = False  # zero points, in the form of the scale
     v_gain: float = 1.0
+    rope: Rope | None = None
+    alibi: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -50,6 +54,18 @@ class AttentionCase:
     def dim_vo(self) -> int:
         """head_dim_vo, which defaults to head_dim."""
         return self.head_dim_vo or self.head_dim
+
+    def encoding(self) -> dict[str, Any]:
+        """The position encoding as plan() takes it."""
+        if self.rope is None:
+            return {"pos_encoding_mode": "ALIBI" if self.alibi else "NONE"}
+        names = ("low_freq_factor", "high_freq_factor", "old_context_len")
+        return {
+            "pos_encoding_mode": "ROPE_LLAMA",
+            "rope_scale": self.rope.scale,
+            "rope_theta": self.rope.theta,
+            **dict(zip(names, self.rope.llama31 or (), strict=False)),
+        }
 
     @property
     def query_lens(self) -> tuple[int, ...]:
@@ -169,6 +185,54 @@ QUANTISED_CASES: list[AttentionCase] = [
     _stored(_RAGGED, "plain/int8", "token"),
 ]  # fmt: skip
 CASES += QUANTISED_CASES
+
+
+def _encoded(base: AttentionCase, name: str, **changes: object) -> list[AttentionCase]:
+    """A case with the rope, and with ALiBi."""
+    rope = replace(base, name=f"{base.name}.rope.{name}", rope=Rope(), **changes)  # type: ignore[arg-type]
+    return [rope, replace(rope, name=f"{base.name}.alibi.{name}", rope=None, alibi=True)]
+
+
+_LLAMA31 = Rope(8.0, 5e5, (1.0, 4.0, 64.0))  # an old context that short cases reach beyond
+
+ENCODED_CASES: list[AttentionCase] = [
+    *[case for base in (_DECODE, _PREFILL, _APPEND, _RAGGED) for case in _encoded(base, "plain")],
+    *[case for base in (_DECODE, _APPEND) for n in (1, 3, 64) for case in _encoded(base, f"page{n}", page_size=n)],
+    *[case for d in (16, 64, 80, 128, 256) for case in _encoded(_DECODE, f"dim{d}", head_dim=d)],
+    *[case for d in (40, 128, 512)
+      for case in _encoded(replace(_PREFILL, kv_lens=(45,), qo_lens=(45,)), f"dim{d}", head_dim=d)],
+    *[case for h in ((6, 6), (5, 1), (12, 3), (40, 2)) for case in _encoded(_DECODE, f"heads{h[0]}x{h[1]}", heads=h)],
+    *[case for h in ((6, 2), (12, 12), (40, 8))
+      for case in _encoded(replace(_APPEND, kv_lens=(50,), qo_lens=(19,)), f"heads{h[0]}x{h[1]}", heads=h)],
+    *_encoded(_APPEND, "dims192x128", head_dim=192, head_dim_vo=128),
+    *_encoded(_PREFILL, "not_causal", causal=False),
+    *_encoded(replace(_RAGGED, kv_lens=(7, 0, 30), qo_lens=(20, 4, 30)), "qo_longer", causal=False),
+    *_encoded(replace(_DECODE, kv_lens=(0, 17, 0)), "empty_request"),
+    *_encoded(_APPEND, "window", window_left=16),
+    *_encoded(_DECODE, "window.sinks", window_left=20, sinks=True),
+    *_encoded(_APPEND, "sinks", sinks=True),
+    *_encoded(_DECODE, "soft_cap", logits_soft_cap=5.0),
+    *_encoded(_APPEND, "soft_cap.window", logits_soft_cap=5.0, window_left=33),
+    *_encoded(_PREFILL, "large_logits", q_gain=100.0),
+    *_encoded(_APPEND, "strided", strided=True),
+    *_encoded(_RAGGED, "hnd", kv_layout="HND"),
+    *_encoded(_DECODE, "sm_scale", sm_scale=0.3),
+    replace(_DECODE, name="decode.rope.million", rope=Rope(theta=5e5), kv_lens=(1_000_000,), heads=(2, 1), head_dim=16,
+            page_size=1024, window_left=63),
+    *[replace(base, name=f"{base.name}.rope.{name}", rope=rope)
+      for base in (_DECODE, _APPEND, _RAGGED)
+      for name, rope in (("scaled", Rope(4.0, 5e5)), ("llama31", _LLAMA31))],
+    *[case for cache, scale in (("e4m3", "head"), ("e5m2", "float"), ("int8", "token"), ("int4", "group32"))
+      for case in _encoded(_stored(_DECODE, cache, scale), "quantised")],
+    *[replace(case, name=f"{case.name}.rope", rope=Rope()) for case in (
+        _stored(_DECODE, "int8", "token", True), _stored(_DECODE, "int8", "head", True),
+        _stored(_DECODE, "int4", "token", True), _stored(_DECODE, "int4", "group32", True, head_dim=96),
+        _stored(_DECODE, "int4", "group128", head_dim=128), _stored(_DECODE, "e5m2", "token", head_dim=16),
+        _stored(_APPEND, "int8", "token", True), _stored(_APPEND, "int4", "group32", True, head_dim=96),
+        _stored(_RAGGED, "e4m3", "head", kv_layout="HND"), _stored(_APPEND, "plain/int8", "token"),
+    )],
+]  # fmt: skip
+CASES += ENCODED_CASES
 
 
 @dataclass
@@ -371,8 +435,9 @@ def problem_of(case: AttentionCase, dtype: torch.dtype) -> Problem:
     """The problem of a case, as far as a Config depends on it."""
     k_dtype, v_dtype = (CACHE_DTYPES.get(c, dtype) for c in (case.k_cache, case.v_cache))
     return Problem(
-        *case.heads, case.head_dim, case.dim_vo, dtype, k_dtype, dtype, page_size=case.page_size, v_dtype=v_dtype
-    )
+        *case.heads, case.head_dim, case.dim_vo, dtype, k_dtype, dtype, page_size=case.page_size, v_dtype=v_dtype,
+        rope=case.rope, alibi=case.alibi,
+    )  # fmt: skip
 
 
 def make_wrapper(x: Inputs, device: str, backend: str = "auto", config: Config | None = None) -> Any:
@@ -381,6 +446,7 @@ def make_wrapper(x: Inputs, device: str, backend: str = "auto", config: Config |
     workspace = torch.full((32 << 20,), 255, dtype=torch.uint8, device=device)
     hq, hk = case.heads
     variant: dict[str, Any] = {"window_left": case.window_left, "logits_soft_cap": case.logits_soft_cap or None}
+    variant |= case.encoding()
     variant["kv_data_type"] = (CACHE_DTYPES.get(case.k_cache, dtype), CACHE_DTYPES.get(case.v_cache, dtype))
     wrapper: Any
     if case.page_size and not case.qo_lens:
@@ -416,13 +482,19 @@ def run_case(x: Inputs, wrapper: Any) -> tuple[Tensor, Tensor]:
 def expected(x: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(out, lse) by the reference, computed in `dtype`, request by request."""
     case, outs, lses = x.case, [], []
+    freqs = slopes = None
+    if case.rope is not None:
+        llama31 = case.rope.llama31 or (None, None, 8192)
+        freqs = frequencies(case.head_dim, case.rope.scale, case.rope.theta, *llama31)  # type: ignore[arg-type]
+    if case.alibi:
+        slopes = alibi_slopes(case.heads[0]).to(x.q.device)
     begin = 0
     for n, k, v in zip(case.query_lens, x.ks, x.vs, strict=True):
         sinks = None if x.sinks is None else x.sinks.to(dtype)
         out, lse = attention(
             x.q[begin : begin + n].to(dtype), k.to(dtype), v.to(dtype), sm_scale=case.sm_scale,
             causal=case.causal and bool(case.qo_lens), window_left=case.window_left,
-            logits_soft_cap=case.logits_soft_cap, sinks=sinks,
+            logits_soft_cap=case.logits_soft_cap, sinks=sinks, rope_freqs=freqs, slopes=slopes,
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)

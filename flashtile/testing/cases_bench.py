@@ -25,8 +25,8 @@ class AttentionBench:
     """prefill (ragged KV), paged (the same over pages), append (a few tokens onto a cache), decode (one token each).
 
     All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16", "fp8" (e4m3), "int8" or
-    "int4"; the latter two with a scale per token and head. head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30),
-    "window" (the last 1024 keys) or "sinks".
+    "int4"; the latter two with a scale per token and head. encoding: "none", or "rope" or "alibi" inside attention.
+    head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30), "window" (the last 1024 keys) or "sinks".
     """
 
     name: str
@@ -39,6 +39,7 @@ class AttentionBench:
     mask: str  # "causal" or "full"
     page_size: int = 0
     kv_dtype: str = "bf16"
+    encoding: str = "none"
     head_dim: int = HEAD_DIM
     head_dim_vo: int = 0
     variant: str = ""
@@ -218,15 +219,17 @@ _BATCH, _HEADS, _PAGE = (
     r"page(?P<page_size>\d+)",
 )
 _SELF = rf"{_BATCH}\.s(?P<kv_len>\d+)\.{_HEADS}\.(?P<mask>causal|full)"
+_ENCODING = r"(?:\.(?P<encoding>rope|alibi))?"
 _DIMS = r"(?:\.d(?P<head_dim>\d+)(?:/(?P<head_dim_vo>\d+))?)?"
 _VARIANT = r"(?:\.(?P<variant>cap|window|sinks))?"
+_KV = r"(?P<kv_dtype>bf16|fp8|int8|int4)"
 # area -> the class of its cases and the form of their names; a group is named for the field that it fills
 _FORMS: dict[str, tuple[type[BenchCase], str]] = {
-    "prefill": (AttentionBench, _SELF + _DIMS + _VARIANT),
+    "prefill": (AttentionBench, rf"{_SELF}{_DIMS}{_VARIANT}{_ENCODING}"),
     "ragged": (RaggedBench, rf"(?P<kind>prefill|mixed|uniform)\.{_BATCH}\.{_HEADS}\.(?P<mask>causal)"),
-    "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}"),
-    "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}"),
-    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.(?P<kv_dtype>bf16|fp8|int8|int4)\.{_PAGE}"),
+    "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}{_ENCODING}"),
+    "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}{_ENCODING}"),
+    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_KV}\.{_PAGE}{_ENCODING}"),
     "mla": (MlaBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.h(?P<num_heads>\d+)\.{_PAGE}"),
     "elem": (ElementwiseBench, r"(?P<op>rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv)\.t(?P<num_tokens>\d+)"),
     "sample": (SamplingBench, rf"(?P<op>sample|top_p|top_k_top_p\.(joint|first))\.{_BATCH}\.v(?P<vocab_size>\d+)"),
@@ -276,6 +279,16 @@ APPEND_NAMES = tuple(
     for batch_size, kv_len in ((1, 4096), (1, 32768), (8, 4096), (8, 32768), (64, 4096), (64, 32768))
     for qo_len in (1, 4, 16, 64, 256)
 )
+# Shapes without a figure in peers_h100.csv: position encodings inside attention, each beside the case without one.
+ENCODING_NAMES = (
+    *(f"decode/b{b}.kv{n}.h32/8.bf16.page16.{mode}" for mode in ("rope", "alibi") for b, n in ((64, 4096), (1, 16384))),
+    "decode/b64.kv4096.h32/8.bf16.page1.rope",
+    "decode/b16.kv4096.h32/8.bf16.page16.rope",
+    "append/b64.q4.kv4096.h32/8.page16.rope",
+    *(f"prefill/b{b}.s{n}.h32/8.causal.{mode}" for mode in ("rope", "alibi") for b, n in ((16, 1024), (2, 8192))),
+    "paged/b2.s8192.h32/8.causal.page16.rope",
+)
+
 # Grouped products of experts (square) and of LoRA (down to rank 16 or 64,
 # and up again), and fp8 products.
 GEMM_NAMES = (
@@ -289,4 +302,4 @@ GEMM_NAMES = (
     *(f"gemm/bmm_fp8.g{g}.m{m}.k{k}.n{n}" for g, m, k, n in ((1, 8192, 8192, 8192), (16, 512, 4096, 4096))),
     "gemm/bmm_fp8.g16.m48.k1024.n1024",
 )
-EXTRA_NAMES = (*PREFILL_NAMES, *APPEND_NAMES, *DECODE_NAMES, *GEMM_NAMES)
+EXTRA_NAMES = (*PREFILL_NAMES, *APPEND_NAMES, *DECODE_NAMES, *ENCODING_NAMES, *GEMM_NAMES)

@@ -2,11 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from flashtile.config import capability, portable
-from flashtile.plan.problem import Workload
+from flashtile.config import Config, capability, portable
+from flashtile.kernels.rotated import move
+from flashtile.plan.encoding import Rope
+from flashtile.plan.plan import Lengths, make_plan
+from flashtile.plan.problem import Problem, Workload
+from flashtile.reference.attention import rotated
+from flashtile.reference.rope import frequencies
 from flashtile.testing.cases_attention import (
     CASES,
     AttentionCase,
@@ -39,7 +45,24 @@ def test_portable(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> Non
     run(case, dtype, kv_chunk)
 
 
-@pytest.mark.parametrize("name", ["decode", "append", "ragged", "append.window_left=16"])
+def test_rotation_up_to_position_1e6() -> None:
+    """By the function for 16-bit products, but with fp32 tensors around it: pairs (1, 0) become (cos, sin)."""
+    n, dim, half = 1_000_000, 16, torch.bfloat16
+    problem = Problem(1, 1, dim, dim, half, half, half, rope=Rope(theta=5e5))
+    config = Config("portable", 64, 64, 1, rotate_first=True)
+    lengths = Lengths(np.array([0, 1]), np.array([0]), np.array([n]))
+    pages = torch.zeros(1, dtype=torch.int32, device="cuda")
+    plan = make_plan(problem, config, lengths, pages, torch.device("cuda"))
+    assert plan.moves is not None
+    x = torch.zeros(n, 1, dim, device="cuda")
+    x[..., : dim // 2] = 1
+    out = torch.empty_like(x)
+    move(plan, out, x, plan.moves.kv, True, False)
+    exact = rotated(x.double(), torch.arange(n, device="cuda"), frequencies(dim, 1.0, 5e5).cuda())
+    assert (out - exact).abs().max() < 2**-19
+
+
+@pytest.mark.parametrize("name", ["decode", "append", "ragged", "append.window_left=16", "decode.rope.plain"])
 def test_same_bits_100_times(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     x = make_inputs(case, torch.bfloat16, "cuda")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flashtile.config import Config, hopper, hopper_refusal
+from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Workload
 from flashtile.testing.cases_attention import (
     CASES,
@@ -67,10 +68,13 @@ def served(case: AttentionCase) -> bool:
 
 
 def config_of(case: AttentionCase, dtype: torch.dtype) -> Config:
-    """The family's own choice."""
+    """The family's own choice; with a rope, behind the rotation."""
     lens = case.query_lens
     work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
-    return hopper(problem_of(case, dtype), work)
+    problem = problem_of(case, dtype)
+    if case.rope is not None:
+        return replace(hopper(replace(problem, rope=None, page_size=0), work), rotate_first=True)
+    return hopper(problem, work)
 
 
 def check(case: AttentionCase, dtype: torch.dtype, **forced: object) -> None:
@@ -100,6 +104,49 @@ def test_cases(case: AttentionCase) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_dim128(case: AttentionCase) -> None:
     check(case, torch.bfloat16)
+
+
+ROPE_CASES = [
+    replace(case, name=f"{case.name}.rope", rope=rope)
+    for case, rope in (
+        (_ALIGNED, Rope()), (_RAGGED, Rope(8.0, 5e5, (1.0, 4.0, 64.0))), (replace(_RAGGED, strided=True), Rope()),
+        (_PAGED, Rope()), (replace(_PAGED, page_size=1, window_left=100), Rope()),
+        (replace(_PAGED, sinks=True, logits_soft_cap=20.0, kv_layout="HND"), Rope()),
+        (replace(_PAGED, head_dim=64), Rope()), (replace(_RAGGED, head_dim=192, head_dim_vo=128), Rope()),
+        (replace(_ALIGNED, kv_lens=(384, 0, 128), qo_lens=(128, 128, 384)), Rope()),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [replace(c, name=f"{c.name}{i}") for i, c in enumerate(ROPE_CASES)], ids=str)
+def test_rotated_first(case: AttentionCase) -> None:
+    check(case, torch.bfloat16)
+    check(case, torch.float16)
+
+
+def test_rotated_first_is_chosen_where_there_is_room() -> None:
+    x = make_inputs(replace(_ALIGNED, rope=Rope()), torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda")
+    plan = wrapper._planned()
+    assert plan.config.rotate_first
+    assert plan.config.family == "hopper"
+    out, lse = run_case(x, wrapper)
+    need = wrapper.workspace_size()
+    wrapper.reset_workspace_buffer(torch.empty(need - 1, dtype=torch.uint8, device="cuda"))
+    wrapper.plan(x.qo_indptr, x.kv_indptr, 4, 2, 128, causal=True, q_data_type=x.q.dtype,
+                 pos_encoding_mode="ROPE_LLAMA")  # fmt: skip
+    assert wrapper._planned().config.family == "portable"
+    again = run_case(x, wrapper)
+    torch.testing.assert_close(again[0], out, atol=2e-2, rtol=2e-2)
+    graph = torch.cuda.CUDAGraph()
+    wrapper = make_wrapper(x, "cuda")
+    got = torch.full_like(out, float("nan"))
+    wrapper.run(x.q, *x.cache, out=got)
+    with torch.cuda.graph(graph):
+        wrapper.run(x.q, *x.cache, out=got)
+    got.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(got, out)
 
 
 @pytest.mark.parametrize("forced", [{"kv_chunk": 128}, {"section_tiles": 8}], ids=["split", "sections"])

@@ -28,14 +28,25 @@ def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0, sm: t
     return replace(portable(problem, work, sm), kv_chunk=kv_chunk, overlap=False)
 
 
-def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0)) -> None:
+def check(
+    case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0), rotate_first: bool = False
+) -> None:
     x = make_inputs(case, dtype)
-    wrapper = make_wrapper(x, "cpu", config=config_for(case, dtype, kv_chunk, sm))
+    config = replace(config_for(case, dtype, kv_chunk, sm), rotate_first=rotate_first)
+    wrapper = make_wrapper(x, "cpu", config=config)
     out, lse = run_case(x, wrapper)
     oracle, oracle_lse = expected(x, torch.float64)
     peer, peer_lse = expected(x, dtype)
     assert_close(out, oracle, peer, "out")
     assert_close(lse, oracle_lse, peer_lse, "lse")
+
+
+TURNED = [c for c in CASES if c.rope and c.k_cache == c.v_cache == "plain" and c.kv_lens[0] < 1000]
+
+
+@pytest.mark.parametrize("case", TURNED, ids=str)
+def test_rotated_first(case: AttentionCase) -> None:
+    check(case, torch.float16, 0, rotate_first=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -24,6 +24,9 @@ class Batch:
     kv_rows: tuple[Tensor, ...]  # [b, L] each: (rows,) of ragged KV, or (page ids, slots in the page)
     kv_valid: Tensor | None  # [b, L]
     visible: Tensor | None  # [b, T, L]
+    q_pos: Tensor  # [b, T] and
+    kv_pos: Tensor  # [b, L]: positions in the KV sequence, fp32
+    ahead: Tensor  # [b], kv_len - qo_len
     slots: Tensor | None  # [b], where partial states go; None: final results
 
 
@@ -78,6 +81,9 @@ def _make_batch(plan: Plan, item: dict[str, np.ndarray], num_tokens: int) -> Bat
         visible = visible & (pos[:, None, :] >= position - p.window_left)
     return Batch(
         tokens=column["q_begin"] + token,
+        q_pos=position[:, :, 0].float(),
+        kv_pos=pos.float(),
+        ahead=(column["kv_len"] - column["qo_len"])[:, 0],
         kv_rows=kv_rows,
         kv_valid=None if bool(valid.all()) else valid,
         visible=None if bool(visible.all()) else visible,
@@ -110,19 +116,51 @@ def _spread(factor: Factor, at: tuple[Tensor, ...], rows: Tensor) -> Tensor:
     )
 
 
+def _turn(x: Tensor, pos: Tensor, frequencies: Tensor) -> Tensor:
+    """Heads [b, n, H, D], fp32, turned in place by pos [b, n] * frequencies [D / 2]: dims d and d + D / 2 together."""
+    angles = (pos[:, :, None] * frequencies)[:, :, None]
+    cos, sin = angles.cos(), angles.sin()
+    near, far = x.chunk(2, dim=-1)
+    crossed = near * sin
+    near.mul_(cos).addcmul_(far, sin, value=-1)
+    far.mul_(cos).add_(crossed)
+    return x
+
+
+def _bias(plan: Plan, batch: Batch, logits: Tensor) -> Tensor:
+    """ALiBi's term added to logits [b, H_kv, G, T, L], less slope * ahead where a soft cap does not need it whole: out
+    does not depend on that, and what is large costs bits."""
+    p = plan.problem
+    origin = batch.q_pos if p.alibi_shift else batch.q_pos - batch.ahead[:, None]
+    distance = batch.kv_pos[:, None, :] - origin[:, :, None]
+    return logits.addcmul_(_slopes(plan), distance[:, None, None])
+
+
+def _slopes(plan: Plan) -> Tensor:
+    """ALiBi's slopes [H_kv, G, 1, 1]."""
+    p = plan.problem
+    return plan.table[: p.num_qo_heads].view(p.num_kv_heads, p.group_size, 1, 1)
+
+
 def _state(
     plan: Plan, batch: Batch, q: Tensor, k: Tensor, v: Tensor, scale: float, scales: Scales
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(m, l, acc) of a batch: natural-log maximum and sum [b, H_kv, G, T, 1], and acc [b, H_kv, G, T, head_dim_vo]."""
     p = plan.problem
     b, t = batch.tokens.shape
-    rows = q[batch.tokens].float().view(b, t, p.num_kv_heads, p.group_size, p.head_dim_qk)
+    rows = q[batch.tokens].float()
+    keys = _gather(k, batch.kv_rows, scales.k, scales.k_zero)
+    if p.rope is not None:
+        rows, keys = _turn(rows, batch.q_pos, plan.table), _turn(keys, batch.kv_pos, plan.table)
+    rows = rows.view(b, t, p.num_kv_heads, p.group_size, p.head_dim_qk)
     rows = rows.permute(0, 2, 3, 1, 4).reshape(b, p.num_kv_heads, p.group_size * t, p.head_dim_qk)
-    keys = _gather(k, batch.kv_rows, scales.k, scales.k_zero).permute(0, 2, 3, 1)  # [b, H_kv, D, L]
+    keys = keys.permute(0, 2, 3, 1)  # [b, H_kv, D, L]
     values = _gather(v, batch.kv_rows, scales.v, scales.v_zero).permute(0, 2, 1, 3)  # [b, H_kv, L, D]
     if batch.kv_valid is not None:  # padding repeats rows that may not be the item's own: 0 * NaN must not arise
         values = values.masked_fill(~batch.kv_valid[:, None, :, None], 0.0)
     logits = torch.matmul(rows, keys).view(b, p.num_kv_heads, p.group_size, t, -1).mul_(scale)
+    if p.alibi:
+        logits = _bias(plan, batch, logits)
     if p.logits_soft_cap > 0:
         logits = p.logits_soft_cap * torch.tanh(logits / p.logits_soft_cap)
     if batch.visible is not None:
@@ -134,7 +172,12 @@ def _state(
     return m, l, acc.view(b, p.num_kv_heads, p.group_size, t, -1)
 
 
-def _finish(m: Tensor, l: Tensor, acc: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+def _finish(
+    m: Tensor, l: Tensor, acc: Tensor, sink: Tensor | None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a state; shift: what is missing in its logits."""
+    if shift is not None:
+        m = m + shift
     if sink is not None:
         top = torch.maximum(m, sink)
         ref = top.clamp_min(torch.finfo(torch.float32).min)
@@ -167,7 +210,9 @@ def run(
     for batch in batches:
         m, l, acc = _state(plan, batch, q, k, v, sm_scale, scales)
         b, t = batch.tokens.shape
-        result, result_lse = _finish(m, l, acc, sink if batch.slots is None else None)
+        final = batch.slots is None
+        shift = batch.ahead.view(b, 1, 1, 1, 1) * _slopes(plan) if final and p.alibi_shift else None
+        result, result_lse = _finish(m, l, acc, sink if final else None, shift)
         if scales.out != 1.0:
             result *= scales.out
         result, result_lse = result.permute(0, 3, 1, 2, 4), result_lse.permute(0, 3, 1, 2, 4)  # [b, T, H_kv, G, D or 1]
@@ -196,7 +241,10 @@ def _merge(
     weight = (logits - m.clamp_min(torch.finfo(torch.float32).min)).exp()
     acc = (weight * partial[slots, :, :rows].reshape(shape)).sum(0)
     head_sink = None if sink is None else sink[0].permute(0, 2, 1, 3)
-    result, result_lse = _finish(m, weight.sum(0), acc, head_sink)
+    shift = None
+    if p.alibi_shift:
+        shift = (at["kv_len"] - at["qo_len"]) * _slopes(plan).transpose(1, 2)
+    result, result_lse = _finish(m, weight.sum(0), acc, head_sink, shift)
     begin = at["q_begin"] + first
     out[begin : begin + t] = result.permute(1, 0, 2, 3).reshape(t, p.num_qo_heads, -1).to(out.dtype)
     lse[begin : begin + t] = result_lse.permute(1, 0, 2, 3).reshape(t, p.num_qo_heads)
