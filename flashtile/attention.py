@@ -300,9 +300,10 @@ class PlannedOp:
         skip = -self._workspace.data_ptr() % 16
         plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
         need = plan.workspace_size()
-        if config.rotate_first and need + skip > self._workspace.numel() and self._backend == "auto":
-            # no room for rotated q and K: another family needs none
-            config = configs.choose(problem, lengths.workload(), self.device, "fa2")
+        optional = self._backend == "auto" or problem.rope is None
+        if config.copy_first and need + skip > self._workspace.numel() and optional:
+            # no room for copies of q, K and V
+            config = configs.choose(problem, lengths.workload(), self.device, self._backend, may_copy=False)
             plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
             need = plan.workspace_size()
         if need + skip > self._workspace.numel() and need:

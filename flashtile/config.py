@@ -24,8 +24,8 @@ class Config:
     num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
     the compiler's choice.
     section_tiles: see Tiling.
-    rotate_first: with a rope, q and K are rotated (and K and V gathered, if paged) into the workspace by a kernel of
-        its own, and attention runs over the result.
+    copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
+        the workspace; attention runs over the result.
     """
 
     family: str
@@ -47,7 +47,7 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
-    rotate_first: bool = False
+    copy_first: bool = False
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
@@ -80,11 +80,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def choose(problem: Problem, work: Workload, device: torch.device, backend: str = "auto") -> Config:
+def choose(
+    problem: Problem, work: Workload, device: torch.device, backend: str = "auto", may_copy: bool = True
+) -> Config:
     """The configuration for a problem on a device.
 
     Args:
         backend: "auto"; "fa2": the portable family; "fa3": the Hopper family. On the CPU all three mean the CPU family.
+        may_copy: whether the workspace may hold copies of q, K and V, which grow with the batch.
 
     Raises:
         ValueError: an unknown backend. NotImplementedError: "fa3", and the Hopper family cannot serve the problem.
@@ -95,21 +98,29 @@ def choose(problem: Problem, work: Workload, device: torch.device, backend: str 
         # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
-    rotate = problem.rope is not None
-    served = replace(problem, rope=None, page_size=0) if rotate else problem  # what the Hopper family would see
+    rows = work.max_qo_len * problem.group_size
+    # Copying first moves each key and value four times: as long as 400 query rows take. It pays for itself where a
+    # rotation would else be repeated for every tile, or KV be gathered by rows, which costs a sixth (H100)
+    copy = problem.rope is not None or (box_rows(problem.page_size, 128) == 0 and rows > 4096 and may_copy)
+    served = replace(problem, rope=None, page_size=0) if copy else problem  # what the Hopper family would see
     refusal = hopper_refusal(served, capability(device))
     if backend == "fa3" and refusal:
         raise NotImplementedError(f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'")
     # Where one row of tensor-core tiles holds a group, the portable family reads K and V as fast as memory gives them.
     # 64 rows over 4k tokens of 64 requests: 370 us, portable 378; 16 rows by token, causal: 376, portable 416.
-    rows = work.max_qo_len * problem.group_size
     enough = rows > 16 or (problem.window_right >= 0 and problem.page_size < 8)
-    if rotate:
-        # rotating first moves each key and value four times (H100: as long as 400 query rows take)
-        enough = rows > 511
+    if problem.rope is not None:
+        enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
-        return replace(hopper(served, work), rotate_first=rotate)
+        return replace(hopper(served, work), copy_first=copy)
     return portable(problem, work, capability(device), num_sms(device))
+
+
+def box_rows(page_size: int, block_n: int) -> int:
+    """Rows of the TMA boxes that make up a KV block; 0 if its rows must be gathered."""
+    if page_size == 0 or page_size % block_n == 0:
+        return block_n
+    return page_size if page_size >= 8 and block_n % page_size == 0 else 0
 
 
 HOPPER_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}  # (head_dim_qk, head_dim_vo)

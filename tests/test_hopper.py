@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flashtile import config
-from flashtile.config import HOPPER_DIMS, hopper, hopper_refusal
-from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, box_rows, fit, shared_bytes
+from flashtile.config import HOPPER_DIMS, box_rows, hopper, hopper_refusal
+from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, fit, shared_bytes
 from flashtile.kernels.hopper.spec import Spec
 from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Problem, Workload
@@ -92,12 +92,16 @@ def test_rope_is_served_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def chosen(problem: Problem, qo_len: int, backend: str = "auto") -> tuple[str, bool]:
         c = config.choose(problem, Workload(8, 8 * qo_len, qo_len, 8 * 4096, 4096), device, backend)
-        return c.family, c.rotate_first
+        return c.family, c.copy_first
 
     assert chosen(rope, 1024) == ("hopper", True)
     assert chosen(rope, 64) == chosen(rope, 1) == ("portable", False)
     assert chosen(rope, 64, "fa3") == ("hopper", True)
     assert chosen(rope, 1024, "fa2") == ("portable", False)
+    rows = replace(rope, rope=None, page_size=1)
+    assert chosen(rows, 2048) == ("hopper", True), "K and V are gathered first where many tiles would gather them"
+    assert chosen(rows, 512) == ("hopper", False)
+    assert config.choose(rows, Workload(8, 8 * 2048, 2048, 8 * 4096, 4096), device, may_copy=False).copy_first is False
     assert chosen(alibi, 1024) == ("portable", False)
     assert chosen(replace(rope, rope=None), 1024) == ("hopper", False)
     with pytest.raises(NotImplementedError, match="ALIBI"):

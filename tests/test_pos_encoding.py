@@ -124,7 +124,7 @@ def test_moves_bring_each_row_to_its_place_once(page_size: int) -> None:
     problem = Problem(4, 2, 64, 32, half, half, half, page_size=page_size, rope=Rope())
     qo_len, kv_len = np.array([3, 0, 100]), np.array([40, 5, 100])
     lengths = Lengths(np.append(0, qo_len.cumsum()), np.array([7, 3, 0]), kv_len)
-    config = Config("portable", 64, 64, 2, rotate_first=True)
+    config = Config("portable", 64, 64, 2, copy_first=True)
     plan = make_plan(problem, config, lengths, torch.zeros(1, dtype=torch.int32), torch.device("cpu"))
     assert plan.moves is not None
     assert plan.inner is not None

@@ -1,7 +1,7 @@
-"""Attention over q and K that are rotated first: copies in the workspace, for families that do not rotate in passing.
+"""Attention over copies in the workspace, for families that do not rotate or gather as well in passing.
 
-Each row of q and each row of K is turned once, where a prefill's tiles would turn every key once per tile. Paged K and
-V become ragged on the way.
+With a rope, each row of q and of K is turned once, where a prefill's tiles would turn every key once per tile. Paged K
+and V become ragged on the way.
 """
 
 from collections.abc import Iterator
@@ -82,19 +82,22 @@ def run(
     sinks: torch.Tensor | None,
     scales: Scales | None = None,
 ) -> None:
-    """Rotate, then launch the family of the plan's configuration: arguments as of the portable family's `run`."""
+    """Copy, then launch the family of the plan's configuration: arguments as of the portable family's `run`."""
     p, moves, inner = plan.problem, plan.moves, plan.inner
-    assert moves is not None, "a plan with rotate_first"
+    assert moves is not None, "a plan with copy_first"
     assert inner is not None, "likewise"
     if scales is not None:
-        raise not_implemented("k_scale, v_scale", "tensors where q and K are rotated first; pass floats")
+        raise not_implemented("k_scale, v_scale", "tensors where K and V are copied first; pass floats")
     turned_q, turned_k, gathered_v, rest = moved(p, plan.work, workspace)
-    move(plan, turned_q, q, moves.q, True, False)
-    move(plan, turned_k, k, moves.kv, True, p.paged)
+    rotate = p.rope is not None
+    if rotate:
+        move(plan, turned_q, q, moves.q, True, False)
+        q = turned_q
+    move(plan, turned_k, k, moves.kv, rotate, p.paged)
     if p.paged:
         move(plan, gathered_v, v, moves.kv, False, True)
         v = gathered_v
-    attention_family(inner.config.family).run(inner, turned_q, turned_k, v, out, lse, rest, sm_scale, sinks)
+    attention_family(inner.config.family).run(inner, q, turned_k, v, out, lse, rest, sm_scale, sinks)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -108,9 +111,9 @@ def compile_cases() -> Iterator[CompileCase]:
     ):
         problem = Problem(32, 8, dim, dim, dtype, dtype, dtype, page_size=page_size, rope=Rope())
         lengths = Lengths(np.array([0, 40]), np.array([0]), np.array([40]))
-        config = Config("portable", 64, 64, 4, rotate_first=True)
+        config = Config("portable", 64, 64, 4, copy_first=True)
         plan = make_plan(problem, config, lengths, torch.zeros(1, dtype=torch.int32), torch.device("cpu"))
-        assert plan.moves is not None, "rotate_first"
+        assert plan.moves is not None, "copy_first"
         x = torch.empty((4, page_size, 8, dim) if page_size else (40, 8, dim), dtype=dtype, device="meta")
         out = torch.empty(40, 8, dim, dtype=dtype, device="meta")
         launch = partial(move, plan, out, x, plan.moves.kv, rotate, page_size > 0)

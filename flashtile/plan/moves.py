@@ -1,5 +1,5 @@
-"""Rotating first: q and K, and V if it is paged, are brought into the workspace before attention, one request after the
-other. Which rows go where, and how the workspace is shared out."""
+"""Copying first: K, V if it is paged, and q if it is rotated, are brought into the workspace before attention, one
+request after the other. Which rows go where, and how the workspace is shared out."""
 
 import math
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ def make_moves(to: Ints, base: Ints, length: Ints, position: Ints) -> NDArray[np
 
 
 def moved_shapes(p: Problem, work: Workload) -> tuple[tuple[int, int, int], ...]:
-    """[rows, heads, dim] of q, K and V in the workspace; V has no rows there if it is read where it is."""
+    """[rows, heads, dim] of q, K and V in the workspace; q and V have no rows there if they are read where they are."""
     return (
-        (work.nnz_qo, p.num_qo_heads, p.head_dim_qk),
+        (work.nnz_qo if p.rope else 0, p.num_qo_heads, p.head_dim_qk),
         (work.total_kv_len, p.num_kv_heads, p.head_dim_qk),
         (work.total_kv_len if p.paged else 0, p.num_kv_heads, p.head_dim_vo),
     )

@@ -65,7 +65,7 @@ class Plan:
     lengths: Lengths
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
     kv_rows_request: int = 0  # a request that reads the last of them
-    moves: Moves | None = None  # with config.rotate_first: what brings q and K to where `inner` reads them
+    moves: Moves | None = None  # with config.copy_first: what brings q and K to where `inner` reads them
     inner: "Plan | None" = None  # of the same batch over the result; this plan has no items of its own then
 
     @property
@@ -109,8 +109,8 @@ def make_plan(
     kv_rows_request: int = 0,
 ) -> Plan:
     """Schedule a batch and bring the work list to the device in one copy."""
-    if config.rotate_first:
-        return _make_rotated_plan(problem, config, lengths, kv_indices, device, kv_rows, kv_rows_request)
+    if config.copy_first:
+        return _make_copied_plan(problem, config, lengths, kv_indices, device, kv_rows, kv_rows_request)
     tiling = config.tiling(problem, num_sms(device))
     work = make_worklist(
         lengths.qo_indptr, lengths.kv_base, lengths.kv_len, tiling, problem.window_left, problem.window_right
@@ -140,7 +140,7 @@ def make_plan(
     )
 
 
-def _make_rotated_plan(
+def _make_copied_plan(
     problem: Problem,
     config: Config,
     lengths: Lengths,
@@ -149,15 +149,16 @@ def _make_rotated_plan(
     kv_rows: int,
     kv_rows_request: int,
 ) -> Plan:
-    """The plan of a batch whose q and K are rotated first."""
+    """The plan of a batch whose K and V, and q if it is rotated, are copied first."""
     qo_begin, qo_len = lengths.qo_indptr[:-1], np.diff(lengths.qo_indptr)
     kv_begin = np.cumsum(lengths.kv_len) - lengths.kv_len
-    q_moves = make_moves(qo_begin, qo_begin, qo_len, lengths.kv_len - qo_len)
+    rotated = qo_len if problem.rope else np.zeros_like(qo_len)
+    q_moves = make_moves(qo_begin, qo_begin, rotated, lengths.kv_len - qo_len)
     kv_moves = make_moves(kv_begin, lengths.kv_base, lengths.kv_len, np.zeros_like(kv_begin))
     table, q_part, kv_part = upload([position_table(problem).view(np.int32), q_moves, kv_moves], device)
     inner = make_plan(
         replace(problem, rope=None, page_size=0),
-        replace(config, rotate_first=False),
+        replace(config, copy_first=False),
         Lengths(lengths.qo_indptr, kv_begin, lengths.kv_len),
         kv_indices,
         device,

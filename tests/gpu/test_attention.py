@@ -49,7 +49,7 @@ def test_rotation_up_to_position_1e6() -> None:
     """By the function for 16-bit products, but with fp32 tensors around it: pairs (1, 0) become (cos, sin)."""
     n, dim, half = 1_000_000, 16, torch.bfloat16
     problem = Problem(1, 1, dim, dim, half, half, half, rope=Rope(theta=5e5))
-    config = Config("portable", 64, 64, 1, rotate_first=True)
+    config = Config("portable", 64, 64, 1, copy_first=True)
     lengths = Lengths(np.array([0, 1]), np.array([0]), np.array([n]))
     pages = torch.zeros(1, dtype=torch.int32, device="cuda")
     plan = make_plan(problem, config, lengths, pages, torch.device("cuda"))

@@ -73,7 +73,7 @@ def config_of(case: AttentionCase, dtype: torch.dtype) -> Config:
     work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
     problem = problem_of(case, dtype)
     if case.rope is not None:
-        return replace(hopper(replace(problem, rope=None, page_size=0), work), rotate_first=True)
+        return replace(hopper(replace(problem, rope=None, page_size=0), work), copy_first=True)
     return hopper(problem, work)
 
 
@@ -124,11 +124,24 @@ def test_rotated_first(case: AttentionCase) -> None:
     check(case, torch.float16)
 
 
+@pytest.mark.parametrize("case", [c for c in LONG_CASES if c.name.startswith("paged")], ids=str)
+def test_gathered_first(case: AttentionCase) -> None:
+    problem, lens = problem_of(case, torch.bfloat16), case.query_lens
+    work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    config = replace(hopper(replace(problem, page_size=0), work), copy_first=True)
+    out, lse = run_case(x, make_wrapper(x, "cuda", config=config))
+    again, again_lse = run_case(x, make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16)))
+    assert_close(out, *(expected(x, dtype)[0] for dtype in (torch.float64, torch.bfloat16)), "out")
+    torch.testing.assert_close(again, out, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(again_lse, lse, atol=1e-3, rtol=1e-3)
+
+
 def test_rotated_first_is_chosen_where_there_is_room() -> None:
     x = make_inputs(replace(_ALIGNED, rope=Rope()), torch.bfloat16, "cuda")
     wrapper = make_wrapper(x, "cuda")
     plan = wrapper._planned()
-    assert plan.config.rotate_first
+    assert plan.config.copy_first
     assert plan.config.family == "hopper"
     out, lse = run_case(x, wrapper)
     need = wrapper.workspace_size()

@@ -29,10 +29,10 @@ def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0, sm: t
 
 
 def check(
-    case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0), rotate_first: bool = False
+    case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0), copy_first: bool = False
 ) -> None:
     x = make_inputs(case, dtype)
-    config = replace(config_for(case, dtype, kv_chunk, sm), rotate_first=rotate_first)
+    config = replace(config_for(case, dtype, kv_chunk, sm), copy_first=copy_first)
     wrapper = make_wrapper(x, "cpu", config=config)
     out, lse = run_case(x, wrapper)
     oracle, oracle_lse = expected(x, torch.float64)
@@ -46,7 +46,7 @@ TURNED = [c for c in CASES if c.rope and c.k_cache == c.v_cache == "plain" and c
 
 @pytest.mark.parametrize("case", TURNED, ids=str)
 def test_rotated_first(case: AttentionCase) -> None:
-    check(case, torch.float16, 0, rotate_first=True)
+    check(case, torch.float16, 0, copy_first=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

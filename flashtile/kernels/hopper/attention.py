@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flashtile import config as configs
-from flashtile.config import num_sms
+from flashtile.config import box_rows, num_sms
 from flashtile.kernels import attention as portable
 from flashtile.kernels import softmax
 from flashtile.kernels.attention import launch_merge
@@ -195,13 +195,6 @@ def as_matrix(x: torch.Tensor) -> Matrix | None:
 def copyable(x: torch.Tensor) -> bool:
     """Whether every row of x starts at a multiple of 16 bytes (8 elements)."""
     return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
-
-
-def box_rows(page_size: int, block_n: int) -> int:
-    """Rows of the TMA boxes that make up a KV block; 0 if its rows must be gathered."""
-    if page_size == 0 or page_size % block_n == 0:
-        return block_n
-    return page_size if page_size >= 8 and block_n % page_size == 0 else 0
 
 
 def is_aligned(plan: Plan) -> bool:
