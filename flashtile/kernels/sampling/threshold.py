@@ -4,8 +4,8 @@ Three steps (a floating-point form of Floyd and Rivest's selection, CACM 1975):
 
 1. guess: a sample of the row gives a bracket lo..hi of values that holds the threshold, all but surely.
 2. sweep: the row is read; each chunk adds up what lies above hi, and stores the few entries in (lo, hi] in slots.
-3. select: these numbers prove the bracket right, and interpolation over the slots finds the threshold. If the bracket was
-   wrong or too full, the row is swept again, by one program, with other brackets, until one is proved.
+3. select: these numbers prove the bracket right, and interpolation over the slots finds the threshold. If the bracket
+   was wrong or too full, the row is swept again, by one program, with other brackets, until one is proved.
 
 The threshold is the smallest value x of the row for which keep(x) holds: fewer than k entries are greater than x, and
 their mass is less than top_p of the total."""
