@@ -340,7 +340,8 @@ class SamplingConfig:
     chunk: entries that a program reads in a pass over rows. chunk_warps: of a pass that only adds up; sweep_warps: of
         the pass that a search makes (kernels/sampling/threshold.py). draw_warps: of the program that draws.
     sample: entries of a row from which a search guesses its bracket, with guess_warps: more make the guess slower and
-        the bracket narrower. sigmas: half the width of a bracket, in standard errors.
+        the bracket narrower. guess_pivots: values that a pass over the sample tries for each end of the bracket.
+        sigmas: half the width of a bracket, in standard errors.
     slots: entries of a chunk that a bracket has room for. slot_tile: those of a row that step 3 looks at together, with
         select_warps of select_registers a thread.
     """
@@ -350,7 +351,8 @@ class SamplingConfig:
     sweep_warps: int = 2
     draw_warps: int = 8  # there is one program for each row: latency counts
     sample: int = 1024
-    guess_warps: int = 2
+    guess_warps: int = 8
+    guess_pivots: int = 4
     sigmas: float = 4.0  # a row in 10,000 is outside, and swept again by one program
     slots: int = 512  # brackets hold some 5 % of a flat distribution, 10 % at worst
     slot_tile: int = 2048  # 8 per thread
@@ -361,6 +363,8 @@ class SamplingConfig:
         for name in ("chunk", "sample", "slot_tile"):
             if (value := getattr(self, name)) < 128 or value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two from 128, got {value}")
+        if self.guess_pivots < 1 or self.guess_pivots & (self.guess_pivots - 1):
+            raise ValueError(f"guess_pivots: expected a power of two, got {self.guess_pivots}")
         if self.slots % 4 or not 8 <= self.slots <= self.chunk:
             raise ValueError(f"slots: expected a multiple of 4 from 8 to chunk = {self.chunk}, got {self.slots}")
 
@@ -369,4 +373,4 @@ def choose_sampling(vocab_size: int) -> SamplingConfig:
     """The configuration for rows of vocab_size entries. Estimated, not yet measured."""
     if vocab_size <= 65536:
         return SamplingConfig()
-    return SamplingConfig(sample=2048, guess_warps=4)
+    return SamplingConfig(sample=2048)

@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtile.config import SamplingConfig, choose_sampling
-from flashtile.kernels.sampling.rows import row_of_output, row_value, sum2, window_of_row
+from flashtile.kernels.sampling.rows import row_of_output, row_value, sum3, window_of_row
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recorded
 
 RUN = 8  # consecutive entries of the sample: a 32-byte sector
-GRAIN = 17  # bits of a float that guesses leave 0: their values are 1.6 % apart
+GRAIN = 18  # bits of a float that guesses leave 0: their values are 3 % apart
 NO_LIMIT = 2**31 - 1  # top_k that is off
 
 _RUN = tl.constexpr(RUN)
@@ -23,7 +23,6 @@ _GRAIN = tl.constexpr(GRAIN)
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 _LOWEST = tl.constexpr(-0x7F800001 >> GRAIN)  # -inf
 _HIGHEST = tl.constexpr(0x7F800000 >> GRAIN)  # inf
-_OCTAVE = tl.constexpr(1 << (23 - GRAIN))  # coarse keys between x and 2 x
 
 
 @triton.jit
@@ -63,63 +62,82 @@ def coarse_value(key):
 
 
 @triton.jit
-def first_key(x, out_key, in_key, fewer, mass, COUNT: tl.constexpr, MASS: tl.constexpr):
-    """The smallest coarse key above out_key and up to in_key, at whose value v fewer than `fewer` entries of the
-    sample x are greater than v (COUNT), or those up to v have at least `mass` (MASS)."""
-    out_key = tl.cast(out_key, tl.int32)
-    in_key = tl.cast(in_key, tl.int32)
-    while in_key - out_key > 1:
-        middle = (out_key + in_key) >> 1
-        upper = x > coarse_value(middle)
-        is_in = tl.cast(False, tl.int1)
-        if COUNT and MASS:
-            above, below = sum2(upper.to(tl.int32), tl.where(upper, 0.0, x), 0)
-            is_in = (above < fewer) | (below >= mass)
-        elif COUNT:
-            is_in = tl.sum(upper.to(tl.int32), 0) < fewer
-        else:
-            is_in = tl.sum(tl.where(upper, 0.0, x), 0) >= mass
-        in_key = tl.where(is_in, middle, in_key)
-        out_key = tl.where(is_in, out_key, middle)
-    return in_key
+def pivots_between(lo_out, lo_in, hi_out, hi_in, PIVOTS: tl.constexpr):
+    """PIVOTS coarse keys that part lo_out..lo_in evenly, then as many that part hi_out..hi_in; and whether they lie
+    within. Each pass over the sample tests all of them: its time is that of the sums, not of the comparisons."""
+    lane = tl.arange(0, 2 * PIVOTS)
+    out_key = tl.where(lane < PIVOTS, lo_out, hi_out)
+    in_key = tl.where(lane < PIVOTS, lo_in, hi_in)
+    keys = out_key + (in_key - out_key) * (lane % PIVOTS + 1) // (PIVOTS + 1)
+    return keys, keys > out_key
 
 
 @triton.jit
-def guess_top_k(x, wanted, low_key, SIGMAS: tl.constexpr):
+def narrowed(out_key, in_key, num_out, PIVOTS: tl.constexpr):
+    """The part of out_key..in_key after the first num_out of the keys of `pivots_between`."""
+    size = in_key - out_key
+    return out_key + size * num_out // (PIVOTS + 1), out_key + size * (num_out + 1) // (PIVOTS + 1)
+
+
+@triton.jit
+def guess_top_k(x, wanted, low_key, SIGMAS: tl.constexpr, PIVOTS: tl.constexpr):
     """Coarse keys (lo, hi) around the value that `wanted` entries of the sample exceed, a real number."""
     slack = SIGMAS * tl.sqrt(wanted)
     out_above = tl.ceil(wanted + slack + SIGMAS).to(tl.int32)  # a Poisson number's upper tail is the longer one
     in_above = tl.floor(wanted - slack).to(tl.int32)
-    lo = first_key(x, low_key, _HIGHEST, out_above, 0.0, COUNT=True, MASS=False) - 1
-    hi = tl.cast(_HIGHEST, tl.int32)
-    if in_above > 0:  # otherwise the sample has no entry that surely is among the k largest
-        hi = first_key(x, lo, _HIGHEST, in_above + 1, 0.0, COUNT=True, MASS=False)
-    return lo, hi
+    lo_out = tl.cast(low_key, tl.int32)
+    lo_in = tl.cast(_HIGHEST, tl.int32)
+    # with none of the sample that surely is among the k largest, there is no upper end to look for
+    hi_out = tl.where(in_above > 0, lo_out, _HIGHEST - 1)
+    hi_in = lo_in
+    fewer = tl.where(tl.arange(0, 2 * PIVOTS) < PIVOTS, out_above, in_above + 1)
+    while (lo_in - lo_out > 1) | (hi_in - hi_out > 1):
+        keys, within = pivots_between(lo_out, lo_in, hi_out, hi_in, PIVOTS)
+        above = tl.sum((x[:, None] > coarse_value(keys)[None, :]).to(tl.int32), 0)
+        outs = tl.sum(outs_of(~(within & (above < fewer)), PIVOTS), 0)
+        lo_out, lo_in = narrowed(lo_out, lo_in, outs & 0xFFFF, PIVOTS)
+        hi_out, hi_in = narrowed(hi_out, hi_in, outs >> 16, PIVOTS)
+    return lo_out, hi_in
 
 
 @triton.jit
-def guess_top_p(x, tail, floor, SIGMAS: tl.constexpr):
+def outs_of(is_out, PIVOTS: tl.constexpr):
+    """Summands of the numbers of keys that are out: of the first PIVOTS, and 2**16 times that of the others."""
+    return tl.where(is_out, tl.where(tl.arange(0, 2 * PIVOTS) < PIVOTS, 1, 1 << 16), 0)
+
+
+@triton.jit
+def guess_top_p(x, tail, floor, SIGMAS: tl.constexpr, PIVOTS: tl.constexpr):
     """Coarse keys (lo, hi) around the value up to which the entries of the sample have the mass `tail`; it is above
     floor.
 
     lo stays below the eighth largest entry of the sample, which knows nothing of greater ones.
     """
     x = tl.maximum(x, 0.0)
-    top = (key_of(tl.max(x, 0)) >> _GRAIN) + 1
-    best = first_key(x, key_of(floor) >> _GRAIN, top, 8, tail, COUNT=True, MASS=True)
-    lower = tl.where(x <= coarse_value(best), x, 0.0)
-    slack = SIGMAS * tl.sqrt(tl.sum(lower * lower, 0))
-    lo = first_key(x, tl.maximum(best - _OCTAVE, 0), best, 8, tail - slack, COUNT=True, MASS=True) - 1
-    end = tl.minimum(best + _OCTAVE, _HIGHEST)
-    hi = first_key(x, lo, end, 0, tail + slack, COUNT=False, MASS=True)
-    return lo, tl.where(hi == end, _HIGHEST, hi)
+    end = tl.minimum((key_of(tl.max(x, 0)) >> _GRAIN) + 1, _HIGHEST)
+    lo_out = tl.minimum(key_of(floor) >> _GRAIN, end - 1)
+    lo_in = end
+    hi_out = lo_out
+    hi_in = end
+    is_lo = tl.arange(0, 2 * PIVOTS) < PIVOTS
+    while (lo_in - lo_out > 1) | (hi_in - hi_out > 1):
+        keys, within = pivots_between(lo_out, lo_in, hi_out, hi_in, PIVOTS)
+        upper = x[:, None] > coarse_value(keys)[None, :]
+        lower = tl.where(upper, 0.0, x[:, None])
+        above, below, squares = sum3(upper.to(tl.int32), lower, lower * lower, 0)
+        slack = SIGMAS * tl.sqrt(squares)
+        is_in = tl.where(is_lo, (above < 8) | (below + slack >= tail), below - slack >= tail)
+        outs = tl.sum(outs_of(~(within & is_in), PIVOTS), 0)
+        lo_out, lo_in = narrowed(lo_out, lo_in, outs & 0xFFFF, PIVOTS)
+        hi_out, hi_in = narrowed(hi_out, hi_in, outs >> 16, PIVOTS)
+    return lo_out, tl.where(hi_in == end, _HIGHEST, tl.maximum(hi_in, lo_out + 1))
 
 
 @triton.jit
 def guess_bracket(
     row_ptr, length, k, top_p,
     USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr, SIGNED: tl.constexpr, SAMPLE: tl.constexpr,
-    SIGMAS: tl.constexpr,
+    SIGMAS: tl.constexpr, PIVOTS: tl.constexpr,
 ):  # fmt: skip
     """(lo, hi): all but surely keep(lo) is false and keep(hi) is true.
 
@@ -137,7 +155,7 @@ def guess_bracket(
     has_p = top_p < 1.0
     if USE_K:  # noqa: SIM102 (one is known to the compiler, the other to the GPU)
         if has_k:
-            lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key, SIGMAS)
+            lo, hi = guess_top_k(x, k.to(tl.float32) * share, low_key, SIGMAS, PIVOTS)
             if K_FIRST:
                 hi = tl.cast(
                     _HIGHEST, tl.int32
@@ -145,7 +163,7 @@ def guess_bracket(
     if USE_P:  # noqa: SIM102
         if has_p & ~(has_k & K_FIRST):
             tail = 1.0 - top_p
-            lo_p, hi_p = guess_top_p(x, tail * share, tail / length.to(tl.float32) * 0.5, SIGMAS)
+            lo_p, hi_p = guess_top_p(x, tail * share, tail / length.to(tl.float32) * 0.5, SIGMAS, PIVOTS)
             lo = tl.maximum(lo, lo_p)
             hi = tl.maximum(hi, hi_p)
     low_end = -float("inf") if SIGNED else 0.0
@@ -158,7 +176,8 @@ def guess_bracket(
 def guess_kernel(
     brackets_ptr, x_ptr, stride_x, indices_ptr, lengths_ptr, starts_ptr, length, top_k_ptr, top_k, top_p_ptr, top_p,
     INDIRECT: tl.constexpr, WINDOW: tl.constexpr, USE_K: tl.constexpr, USE_P: tl.constexpr, K_FIRST: tl.constexpr,
-    SIGNED: tl.constexpr, SAMPLE: tl.constexpr, SIGMAS: tl.constexpr, ENABLE_PDL: tl.constexpr,
+    SIGNED: tl.constexpr, SAMPLE: tl.constexpr, SIGMAS: tl.constexpr, PIVOTS: tl.constexpr,
+    ENABLE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Step 1, one program for each output: brackets[output] = lo, hi."""
     output = tl.program_id(0)
@@ -167,7 +186,7 @@ def guess_kernel(
     row = row_of_output(indices_ptr, output, INDIRECT)
     row_ptr, length = window_of_row(x_ptr + row * stride_x, length, starts_ptr, lengths_ptr, output, WINDOW)
     k, p = filters_of_row(top_k_ptr, top_k, top_p_ptr, top_p, output, length, USE_K, USE_P)
-    lo, hi = guess_bracket(row_ptr, length, k, p, USE_K > 0, USE_P > 0, K_FIRST, SIGNED, SAMPLE, SIGMAS)
+    lo, hi = guess_bracket(row_ptr, length, k, p, USE_K > 0, USE_P > 0, K_FIRST, SIGNED, SAMPLE, SIGMAS, PIVOTS)
     tl.store(brackets_ptr + output * 2, lo)
     tl.store(brackets_ptr + output * 2 + 1, hi)
 
@@ -179,8 +198,8 @@ def guess(
     """brackets [outputs, 2] of rows (x, stride_x, indices, lengths, starts, length) under filters (top_k_ptr, top_k,
     top_p_ptr, top_p)."""
     guess_kernel[(len(brackets),)](
-        brackets, *rows, *filters, **constexprs, SAMPLE=config.sample, SIGMAS=config.sigmas, ENABLE_PDL=overlap,
-        num_warps=config.guess_warps,
+        brackets, *rows, *filters, **constexprs, SAMPLE=config.sample, SIGMAS=config.sigmas, PIVOTS=config.guess_pivots,
+        ENABLE_PDL=overlap, num_warps=config.guess_warps,
     )  # fmt: skip
 
 

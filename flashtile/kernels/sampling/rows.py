@@ -52,6 +52,34 @@ def sum3(a, b, c, axis: tl.constexpr):
 
 
 @triton.jit
+def _add_add_min(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, tl.minimum(a2, b2)
+
+
+@triton.jit
+def sum_sum_min(a, b, c):
+    """(sum of a, sum of b, smallest of c) in a single reduction."""
+    if _INTERPRETED:
+        return tl.sum(a), tl.sum(b), tl.min(c)
+    else:
+        return tl.reduce((a, b, c), None, _add_add_min)
+
+
+@triton.jit
+def _add_min(a0, a1, b0, b1):
+    return a0 + b0, tl.minimum(a1, b1)
+
+
+@triton.jit
+def sum_min(a, b):
+    """(sum of a, smallest of b) in a single reduction."""
+    if _INTERPRETED:
+        return tl.sum(a), tl.min(b)
+    else:
+        return tl.reduce((a, b), None, _add_min)
+
+
+@triton.jit
 def row_value(ptr, value, row, PER_ROW: tl.constexpr):
     """A parameter of a row: an entry of a tensor, or one value for all rows."""
     return tl.load(ptr + row) if PER_ROW else value

@@ -4,8 +4,8 @@ Three steps (a floating-point form of Floyd and Rivest's selection, CACM 1975):
 
 1. guess: a sample of the row gives a bracket lo..hi of values that holds the threshold, all but surely.
 2. sweep: the row is read; each chunk adds up what lies above hi, and stores the few entries in (lo, hi] in slots.
-3. select: these numbers prove the bracket right, and bisection over the slots finds the threshold. If the bracket was
-   wrong or too full, the row is swept again, by one program, with other brackets, until one is proved.
+3. select: these numbers prove the bracket right, and interpolation over the slots finds the threshold. If the bracket
+   was wrong or too full, the row is swept again, by one program, with other brackets, until one is proved.
 
 The threshold is the smallest value x of the row for which keep(x) holds: fewer than k entries are greater than x, and
 their mass is less than top_p of the total."""
@@ -38,6 +38,8 @@ from flashtile.kernels.sampling.rows import (
     slices,
     sum2,
     sum3,
+    sum_min,
+    sum_sum_min,
     uniform,
     window_of_row,
 )
@@ -163,30 +165,35 @@ def slots_from(
 
 @triton.jit
 def slots_above(
-    slots_ptr, extent, pivot, MASS: tl.constexpr, WHOLE: tl.constexpr,
+    slots_ptr, extent, end, pivot, MASS: tl.constexpr, WHOLE: tl.constexpr,
     NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Count and mass (0 without MASS) of the entries in slots that are above pivot, NaN included."""
+    """Count and mass (0 without MASS) of the entries in slots that are above pivot, NaN included, and the smallest of
+    them."""
     count = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.int32)
     mass = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.float32)
-    for begin in range(0, tl.max(extent), WIDTH):
+    least = tl.full([NUM_CHUNKS, WIDTH // 4, 4], float("inf"), tl.float32)
+    for begin in range(0, end, WIDTH):
         x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
         count += tl.where(x <= pivot, 0, 1)
         if MASS:
             mass += tl.where(x <= pivot, 0.0, x)
+        least = tl.where(x > pivot, tl.minimum(least, x), least)
     if MASS:
-        return sum2(count, mass, None)
+        return sum_sum_min(count, mass, least)
     else:
-        return tl.sum(count), 0.0
+        count, least = sum_min(count, least)
+        return count, 0.0, least
 
 
 @triton.jit
 def mass_of_chunks_above(
-    slots_ptr, extent, pivot, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
+    slots_ptr, extent, end, pivot, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The mass in slots above pivot of each chunk [NUM_CHUNKS]."""
     mass = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.float32)
-    for begin in range(0, tl.max(extent), WIDTH):
+    for begin in range(0, end, WIDTH):
         x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
         mass += tl.where(x <= pivot, 0.0, x)
     return tl.sum(tl.sum(mass, 2), 1)
@@ -194,12 +201,12 @@ def mass_of_chunks_above(
 
 @triton.jit
 def extreme_slot(
-    slots_ptr, extent, above, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
-    LARGEST: tl.constexpr,
+    slots_ptr, extent, end, above, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """The largest entry in slots, or the smallest one above a value."""
     found = tl.full([NUM_CHUNKS, WIDTH // 4, 4], -float("inf") if LARGEST else float("inf"), tl.float32)
-    for begin in range(0, tl.max(extent), WIDTH):
+    for begin in range(0, end, WIDTH):
         x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
         if LARGEST:
             found = tl.maximum(found, x)
@@ -210,35 +217,45 @@ def extreme_slot(
 
 @triton.jit
 def bisect_slots(
-    slots_ptr, extent, out_key, num_out, mass_out, hi, k, mass_above, enough, MASS: tl.constexpr, WHOLE: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    slots_ptr, extent, end, out_key, num_out, mass_out, hi, k, num_in, mass_in, enough, MASS: tl.constexpr,
+    WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The largest key found at which keep does not hold: that of a value just below the threshold, or of an equal of
     entries below it.
 
-    keep(x): fewer than k entries in slots are above x, of a mass, with mass_above, below enough. It holds at hi, and
-    not at out_key. num_out entries, of mass mass_out, are above out_key: guesses, that only place the first pivot.
+    keep(x): fewer than k entries are above x, of a mass below enough. It holds at hi, above which lie num_in entries of
+    mass mass_in (none of them in slots), and not at out_key, with num_out and mass_out: guesses, that only place the
+    first pivot.
+
+    A pass moves out_key up to the next entry. So where at most three are left, the lowest is tried: one is settled in
+    each pass, however close they lie. Simulated, 6 passes are made on average, 10 in one row of 100.
     """
+    num_above = num_in
+    mass_above = mass_in
     top = hi
     if hi == float("inf"):
-        top = extreme_slot(slots_ptr, extent, 0.0, WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=True)
+        top = extreme_slot(slots_ptr, extent, end, 0.0, WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=True)
     in_key = key_of(top).to(tl.int64)
-    num_in = 0
-    mass_in = mass_above
     tries = 0
     while (in_key - out_key > 1) & (num_out - num_in > 1):  # a single entry between them is the threshold
-        # where the threshold lies if counts and masses rise evenly from in_key to out_key; every third time, halfway
-        even = tl.minimum((k - num_in) / (num_out - num_in), (enough - mass_in) / (mass_out - mass_in))
-        part = tl.where(tries % 3 == 2, 0.5, tl.minimum(tl.maximum(even, 0.0), 1.0))
+        # where the threshold lies if masses, and logarithms of counts, rise evenly from in_key to out_key
+        low_rank = tl.log2(num_in + 0.5)
+        by_rank = (tl.log2(k - 0.5) - low_rank) / (tl.log2(num_out + 0.5) - low_rank)
+        part = tl.minimum(by_rank, (enough - mass_in) / (mass_out - mass_in))
+        part = tl.where((tries >= 9) & (tries % 3 == 0), 0.5, tl.minimum(tl.maximum(part, 0.0), 1.0))
         pivot = in_key - ((in_key - out_key).to(tl.float32) * part).to(tl.int64)
-        pivot = tl.minimum(tl.maximum(pivot, out_key + 1), in_key - 1)
-        count, mass = slots_above(slots_ptr, extent, value_of(pivot), MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
-        mass = mass_above + mass
+        lowest = (num_out - num_in <= 3) | ((tries >= 9) & (tries % 3 == 1))
+        pivot = tl.where(lowest, out_key + 1, tl.minimum(tl.maximum(pivot, out_key + 1), in_key - 1))
+        count, mass, least = slots_above(
+            slots_ptr, extent, end, value_of(pivot), MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH
+        )  # fmt: skip
+        count += num_above
+        mass += mass_above
         keep = (count < k) & (mass < enough)
+        out_key = tl.where(keep, out_key, tl.minimum(key_of(least).to(tl.int64), in_key) - 1)
         in_key = tl.where(keep, pivot, in_key)
         num_in = tl.where(keep, count, num_in)
         mass_in = tl.where(keep, mass, mass_in)
-        out_key = tl.where(keep, out_key, pivot)
         num_out = tl.where(keep, num_out, count)
         mass_out = tl.where(keep, mass_out, mass)
         tries += 1
@@ -336,17 +353,22 @@ def settle(
     else:
         extent = tl.zeros([NUM_CHUNKS], tl.int32) + length if WHOLE else inside
         out = tl.maximum(key_of(lo).to(tl.int64), key_of(floor).to(tl.int64) - 1)
+        if WHOLE and MASS:  # entries up to half the mean of the mass left out have at most half of that mass
+            share = 0.5 * (tl.sum(total) - enough) / tl.maximum(length, 1).to(tl.float32)
+            out = tl.maximum(out, key_of(tl.maximum(share, 0.0)).to(tl.int64))
+        end = tl.max(extent)
+        num_in = tl.sum(above)
         out = bisect_slots(
-            slots_ptr, extent, out, tl.sum(inside), tl.sum(above_lo), hi, k - tl.sum(above), tl.sum(above_hi), enough,
-            MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH,
+            slots_ptr, extent, end, out, tl.sum(inside) + num_in, tl.sum(above_lo), hi, k, num_in, tl.sum(above_hi),
+            enough, MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH,
         )  # fmt: skip
         threshold = value_of(out + 1)
         kept = above_hi
         if MASS:
-            kept += mass_of_chunks_above(slots_ptr, extent, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+            kept += mass_of_chunks_above(slots_ptr, extent, end, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
         if EXACT:
             threshold = extreme_slot(
-                slots_ptr, extent, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=False
+                slots_ptr, extent, end, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=False
             )  # fmt: skip
     return threshold, kept, lo, hi
 
