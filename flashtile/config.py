@@ -20,11 +20,14 @@ class Config:
     ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry
         (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
-    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90). ways: 1, or
-    num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
-    the compiler's choice.
+    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
+    ways: 1, or num_warps: each warp attends to its own keys of a step (needs a block_m of 16). heads: KV heads of a
+        CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
+    raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
+        choice.
     release_late: a K stage is freed together with V's, not right after S; prefetch: the next tile's first KV block is
-        brought into L2 early; both of the Hopper family. section_tiles: see Tiling. dynamic: CTAs of a persistent grid draw tiles one by one, instead of by turns.
+        brought into L2 early; both of the Hopper family. section_tiles: see Tiling. dynamic: CTAs of a persistent grid
+        draw tiles one by one, instead of by turns.
     """
 
     family: str
@@ -42,6 +45,8 @@ class Config:
     one_loop: bool = False
     overlap: bool = False
     ways: int = 1
+    heads: int = 1
+    raw: bool = False
     max_registers: int | None = None
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     section_tiles: int = 0
@@ -51,7 +56,7 @@ class Config:
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
-        groups = problem.num_qo_heads // self.pack
+        groups = problem.num_qo_heads // self.pack // self.heads
         return Tiling(
             block_m=self.block_m,
             block_n=self.block_n,

@@ -41,8 +41,8 @@ def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def of_head(factor, kv_head):
-    """A scale or zero point of one head: (pointer, strides of a page, a row, a head (and a group)) without the
-    head's."""
+    """A scale or zero point of one head, or of those [WAYS, 1] of the warps: (pointer, strides of a page, a row, a head
+    (and a group)) without the head's."""
     ptr = factor[0] + kv_head * factor[3]
     if len(factor) == 4:
         return (ptr, factor[1], factor[2])
@@ -68,7 +68,7 @@ def load_group_factor(
     fp32. factor is (pointer, strides of a page, a row and a group)."""
     GROUPS: tl.constexpr = BLOCK // GROUP_WIDTH
     group = tl.arange(0, GROUPS)
-    ptrs = factor[0] + (tl.expand_dims(page * factor[1] + row * factor[2], -1) + group * factor[3])
+    ptrs = tl.expand_dims(factor[0] + page * factor[1] + row * factor[2], -1) + group * factor[3]
     mask = tl.expand_dims(in_range, -1) & (group * GROUP_WIDTH < WIDTH)
     each = tl.expand_dims(tl.load(ptrs, mask=mask, other=0).to(tl.float32), -1)
     if len(row.shape) == 1:
