@@ -206,13 +206,12 @@ def main():
     for task in sorted(tasks, key=str):  # one task for each kernel
         config = replace(
             portable(problem_of(task[0]), Workload(task[5][0], 1, 1, 1, task[5][1]), (9, 0), 132),
-            **parse_config(task[1]),
-            ctas_per_sm=0,
+            **{**parse_config(task[1]), "ctas_per_sm": 0},
         )
         if (key := (task[0], *task[2:5], config)) not in seen:
             seen.add(key)
             unique.append(task)
-    with ProcessPoolExecutor(12, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(15, get_context("spawn")) as pool:
         for problem in pool.map(warm, unique):
             if problem:
                 say("FAILED", problem)
