@@ -20,9 +20,11 @@ class Config:
     ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry
         (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
-    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90). ways: 1, or
-    num_warps: each warp attends to its own keys of a step (needs a block_m of 16). max_registers: of a thread; None:
-    the compiler's choice.
+    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
+    ways: 1, or num_warps: each warp attends to its own keys of a step (needs a block_m of 16). heads: KV heads of a
+        CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
+    raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
+        choice.
     section_tiles: see Tiling.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result.
@@ -43,6 +45,8 @@ class Config:
     one_loop: bool = False
     overlap: bool = False
     ways: int = 1
+    heads: int = 1
+    raw: bool = False
     max_registers: int | None = None
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
@@ -51,7 +55,7 @@ class Config:
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""
-        groups = problem.num_qo_heads // self.pack
+        groups = problem.num_qo_heads // self.pack // self.heads
         return Tiling(
             block_m=self.block_m,
             block_n=self.block_n,

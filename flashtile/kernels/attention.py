@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.config import Config, portable
 from flashtile.kernels import codec, kv, rotation, variants
+from flashtile.kernels.codec import query_gain, raw_unit
 from flashtile.kernels.kv import load_factor, load_group_factor, load_rows, of_head
 from flashtile.kernels.rotation import load_frequencies, turn
 from flashtile.kernels.softmax import LOG2_E, NEG_INF, add_sink, finish, softmax_step
@@ -113,17 +114,18 @@ def attend(
     m, l, acc, shift,
     KV_ROW: tl.constexpr, COS_SIN: tl.constexpr, K_GAIN: tl.constexpr, LOGITS: tl.constexpr, K_DECODE: tl.constexpr,
     V_DECODE: tl.constexpr, K_FORM: tl.constexpr, V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr,
+    K_OFFSET: tl.constexpr, V_OFFSET: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    WAYS: tl.constexpr, STAGES: tl.constexpr,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WAYS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold KV tokens [begin, end) into m, l [BLOCK_M] and acc, a tuple of tiles, all fp32: [BLOCK_M, BLOCK_V] for each
     part of V, or one of all its dims.
 
     With WAYS > 1 each warp walks the keys alone that are its part of a step: states and tiles have one more dimension,
     WAYS, in front, and no step waits for what another warp found. Below, -1 and -2 are the last dimensions in either
-    case.
+    case. The first WAYS / HEADS warps share the keys of one KV head, the next ones those of the next head, and so on.
 
     q: tuple of tiles [BLOCK_M, BLOCK_K], one per part of K; q_sum [BLOCK_M]: its sum over all dims, for the zero point;
     q_pos [BLOCK_M]: position in the KV sequence. k, v: (pointer, stride of a page, stride of a row, scale, zero point).
@@ -139,7 +141,7 @@ def attend(
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         kv_pos = start + tl.arange(0, BLOCK_N)
         if WAYS > 1:
-            kv_pos = tl.reshape(kv_pos, [WAYS, BLOCK_N // WAYS])
+            kv_pos = tl.reshape(to_ways(kv_pos, 1, HEADS), [WAYS, BLOCK_N * HEADS // WAYS])
         in_range = kv_pos < end
         page, row = KV_ROW(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE, MASKED)
         k_rows = page * stride_kp + row * stride_kn
@@ -161,7 +163,11 @@ def attend(
                 zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
                 keys, far = less_zero(keys, zero), less_zero(far, zero)
             keys = turn(keys, far, kv_pos, freqs, COS_SIN, K_GAIN)
-        s = dot(q[0], turned(keys[0].to(K_TYPE)), None, PARTS_OF)
+        s = None
+        if K_OFFSET > 0:  # what raw numbers add is taken off first
+            s = tl.expand_dims(q_sum * (-K_OFFSET * raw_unit(PARTS_OF - 1, PARTS_OF)), -1)
+            s = tl.broadcast_to(s, [BLOCK_M, BLOCK_N] if WAYS == 1 else [WAYS, BLOCK_M, BLOCK_N * HEADS // WAYS])
+        s = dot(q[0], turned(keys[0].to(K_TYPE)), s, PARTS_OF)
         for i in tl.static_range(1, len(keys)):
             s = dot(q[i], turned(keys[i].to(K_TYPE)), s, PARTS_OF)
         s = s.to(tl.float32)
@@ -198,48 +204,66 @@ def attend(
         if V_FORM != "group" and v_zero is not None:
             zero = load_factor(v_zero, page, row, in_range, MASKED) - V_BIAS
             shift = shift * alpha + tl.sum(p.to(tl.float32) * tl.expand_dims(zero, -2), -1)
+        if V_OFFSET > 0:  # sums of what is multiplied, rounded as it is
+            ones = tl.full([BLOCK_N, 8] if WAYS == 1 else [WAYS, BLOCK_N * HEADS // WAYS, 8], 1.0, V_TYPE)
+            extra = tl.max(tl.dot(p, ones), -1) * V_OFFSET
         new = ()
         for i in tl.static_range(len(values)):
-            new = new + (dot(p, values[i].to(V_TYPE), acc[i] * tl.expand_dims(alpha, -1), len(values)),)
+            old = acc[i] * tl.expand_dims(alpha, -1)
+            if V_OFFSET > 0:
+                old -= tl.expand_dims(extra * raw_unit(i, len(values)), -1)
+            new = new + (dot(p, values[i].to(V_TYPE), old, len(values)),)
         acc = new
     return m, l, acc, shift
 
 
 @triton.jit
-def each_way(tiles, WAYS: tl.constexpr):
-    """The same tiles [WAYS, ...] for each warp."""
-    out = ()
-    for i in tl.static_range(len(tiles)):
-        out = out + (tl.broadcast_to(tiles[i][None, :, :], [WAYS, tiles[i].shape[0], tiles[i].shape[1]]),)
-    return out
+def to_ways(x, HEADS: tl.constexpr, WAYS: tl.constexpr):
+    """What belongs to HEADS heads, one after the other in the first dimension, for each of WAYS warps: [HEADS * n, ...]
+    to [WAYS, n, ...]."""
+    N: tl.constexpr = x.shape[0] // HEADS
+    if len(x.shape) == 1:
+        x = tl.broadcast_to(tl.reshape(x, [HEADS, 1, N]), [HEADS, WAYS // HEADS, N])
+        return tl.reshape(x, [WAYS, N])
+    else:
+        x = tl.reshape(x, [HEADS, 1, N, x.shape[1]])
+        x = tl.broadcast_to(x, [HEADS, WAYS // HEADS, N, x.shape[3]])
+        return tl.reshape(x, [WAYS, N, x.shape[3]])
 
 
 @triton.jit
-def join_ways(m, l, acc, shift):
-    """One state from those of the warps, [WAYS, ...] each."""
-    m_all = tl.max(m, 0)
+def join_ways(m, l, acc, shift, HEADS: tl.constexpr):
+    """One state per head, [HEADS * BLOCK_M, ...], from those of the warps, [WAYS, BLOCK_M, ...]."""
+    T: tl.constexpr = m.shape[0] // HEADS
+    M: tl.constexpr = m.shape[1]
+    m = tl.reshape(m, [HEADS, T, M])
+    m_all = tl.max(m, 1)
     m_ref = tl.where(m_all == NEG_INF, 0.0, m_all)
-    alpha = tl.exp2(m - m_ref[None, :])
+    alpha = tl.exp2(m - m_ref[:, None, :])
     out = ()
     for i in tl.static_range(len(acc)):
-        out = out + (tl.sum(acc[i] * alpha[:, :, None], 0),)
-    return m_all, tl.sum(l * alpha, 0), out, tl.sum(shift * alpha, 0)
+        tiles = tl.reshape(acc[i], [HEADS, T, M, acc[i].shape[2]]) * alpha[:, :, :, None]
+        out = out + (tl.reshape(tl.sum(tiles, 1), [HEADS * M, acc[i].shape[2]]),)
+    l = tl.sum(tl.reshape(l, [HEADS, T, M]) * alpha, 1)
+    shift = tl.sum(tl.reshape(shift, [HEADS, T, M]) * alpha, 1)
+    return tl.reshape(m_all, [HEADS * M]), tl.reshape(l, [HEADS * M]), out, tl.reshape(shift, [HEADS * M])
 
 
 @triton.jit
 def load_query(
     q_ptr, rows, q_pos, valid, freqs, COS_SIN: tl.constexpr, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK: tl.constexpr, TYPE: tl.constexpr, RESCALED: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """The query in parts, as codec.py cuts K: tiles [BLOCK_M, BLOCK] of dims i, i + PARTS_OF ...; of half a row, then
     of the other, rotated, if there is a COS_SIN. Also its sum over all dims, and the factor [BLOCK_M] that was taken
-    out of it: bf16 values may exceed fp16."""
+    out of it if RESCALED: bf16 values may exceed fp16. RAW: each part is multiplied by what makes up for the units of
+    raw K; the sum is not."""
     loaded = load_parts(q_ptr, rows, valid, PARTS_OF, WIDTH, BLOCK)
     if COS_SIN is not None:
         far = load_parts(q_ptr + WIDTH * PARTS_OF, rows, valid, PARTS_OF, WIDTH, BLOCK)
         loaded = turn(loaded, far, q_pos, freqs, COS_SIN, 1.0)
     unit = tl.full([rows.shape[0]], 1.0, tl.float32)
-    if q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == TYPE:
+    if RESCALED:
         top = tl.zeros([rows.shape[0]], tl.float32)
         for i in tl.static_range(len(loaded)):
             top = tl.maximum(top, tl.max(tl.abs(loaded[i].to(tl.float32)), 1))
@@ -250,9 +274,9 @@ def load_query(
     q = ()
     for i in tl.static_range(len(loaded)):
         part = loaded[i]
-        if part.dtype != TYPE:
-            part = (part.to(tl.float32) / unit[:, None]).to(TYPE)
-        total += tl.sum(part.to(tl.float32), 1)
+        if RESCALED or part.dtype != TYPE:
+            part = (part.to(tl.float32) / (unit / query_gain(i, PARTS_OF, RAW))[:, None]).to(TYPE)
+        total += tl.sum(part.to(tl.float32), 1) / query_gain(i, PARTS_OF, RAW)
         q = q + (part,)
     return q, total, unit
 
@@ -277,15 +301,16 @@ def attention_kernel(
     sm_scale, out_scale, soft_cap, window_left, window_right, num_qo_heads,
     KV_ROW: tl.constexpr, COS_SIN: tl.constexpr, LOGITS: tl.constexpr, SLOPES: tl.constexpr, SHIFTED: tl.constexpr,
     K_GAIN: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
-    V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_GROUP: tl.constexpr, V_GROUP: tl.constexpr,
-    K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
+    V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_OFFSET: tl.constexpr, V_OFFSET: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, K_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ALIKE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
     V_TILES: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr, STAGES: tl.constexpr, ONE_LOOP: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
+    ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One CTA per (item, head group). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)].
+    """One CTA per (item, HEADS head groups). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M
+    (, D_VO)]. With HEADS > 1, a head group is all heads of a KV head.
 
     A row of K (half a row, if there is a COS_SIN) is K_WIDTH elements of k_ptr, each with K_PARTS values. table_ptr:
     the frequencies for COS_SIN, or with SLOPES a slope per query head. SHIFTED: LOGITS leaves lse_shift to be added.
@@ -301,21 +326,23 @@ def attention_kernel(
     begin = tl.load(item + 6)
     end = tl.load(item + 7)
     slot = tl.load(item + 8)
-    head_group = tl.load(item + 9) + tl.program_id(0)
+    head_group = (tl.load(item + 9) + tl.program_id(0)) * HEADS
     kv_head = (head_group * PACK // GROUP).to(tl.int64)
 
-    rows = row_begin + tl.arange(0, BLOCK_M)  # packed rows: (token, head of the group)
+    r = tl.arange(0, HEADS * BLOCK_M)
+    rows = row_begin + r % BLOCK_M  # packed rows: (token, head of the group)
     token = rows // PACK
-    head = head_group * PACK + rows % PACK
+    head = (head_group + r // BLOCK_M) * PACK + rows % PACK
     valid = token < qo_len
     q_row = (q_begin + token).to(tl.int64)
     q_pos = token + kv_len - qo_len
     freqs = ()
     if COS_SIN is not None:
         freqs = load_frequencies(table_ptr, K_PARTS, K_WIDTH, BLOCK_K)
+    RESCALED: tl.constexpr = K_OFFSET > 0 or (q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == K_TYPE)
     q, q_sum, q_unit = load_query(
         q_ptr, q_row * stride_qn + head.to(tl.int64) * stride_qh, q_pos, valid, freqs, COS_SIN, K_PARTS, K_WIDTH,
-        BLOCK_K, K_TYPE,
+        BLOCK_K, K_TYPE, RESCALED, K_OFFSET > 0,
     )  # fmt: skip
 
     # [begin, left) and [right, end) hold keys that some rows must not see, [left, right) is visible to all
@@ -330,25 +357,43 @@ def attention_kernel(
         right = tl.minimum(end, first + window_right + 1)
     right = tl.maximum(begin + tl.maximum(right - begin, 0) // BLOCK_N * BLOCK_N, left)
 
+    row_head = kv_head  # of a packed row
+    way_head = kv_head  # of a warp, with WAYS > 1
+    k_head = k_ptr + kv_head * stride_kh
+    v_head = v_ptr + kv_head * stride_vh
+    if HEADS > 1:
+        row_head += r // BLOCK_M
+        way_head += (tl.arange(0, WAYS) // (WAYS // HEADS))[:, None]
+        k_head = k_ptr + way_head[:, :, None] * stride_kh
+        v_head = v_ptr + way_head[:, :, None] * stride_vh
     if K_FORM == "head":
-        sm_scale *= tl.load(k_scale[0] + kv_head * k_scale[1]).to(tl.float32)
+        sm_scale *= tl.load(k_scale[0] + row_head * k_scale[1]).to(tl.float32)
     elif K_FORM != "none":
-        k_scale = of_head(k_scale, kv_head)
+        k_scale = of_head(k_scale, way_head)
     if V_FORM == "head":
-        out_scale *= tl.load(v_scale[0] + kv_head * v_scale[1]).to(tl.float32)
+        out_scale *= tl.load(v_scale[0] + row_head * v_scale[1]).to(tl.float32)
     elif V_FORM != "none":
-        v_scale = of_head(v_scale, kv_head)
+        v_scale = of_head(v_scale, way_head)
     if k_zero is not None:
-        k_zero = of_head(k_zero, kv_head)
+        k_zero = of_head(k_zero, way_head)
     if v_zero is not None:
-        v_zero = of_head(v_zero, kv_head)
-    if q_ptr.dtype.element_ty == tl.bfloat16 and tl.float16 == K_TYPE:
-        sm_scale = (sm_scale * q_unit)[:, None]
+        v_zero = of_head(v_zero, way_head)
+
+    if RESCALED:
+        if K_OFFSET > 0:
+            q_unit /= raw_unit(K_PARTS - 1, K_PARTS)
+        sm_scale *= q_unit
+        if WAYS > 1:
+            sm_scale = to_ways(sm_scale, HEADS, WAYS)
+        sm_scale = tl.expand_dims(sm_scale, -1)
+    elif K_FORM == "head" and HEADS > 1:
+        sm_scale = tl.expand_dims(to_ways(sm_scale, HEADS, WAYS), -1)
     sm_scale /= K_GAIN
-    slope, ahead = 0.0, kv_len - qo_len
+    slope, way_slope, ahead = 0.0, 0.0, kv_len - qo_len
     if SLOPES:
-        slope = tl.load(table_ptr + head, mask=valid, other=0.0)[:, None]
-    logit_params = (sm_scale, soft_cap, slope, ahead)
+        slope = tl.load(table_ptr + head, mask=valid, other=0.0)
+        way_slope = tl.expand_dims(to_ways(slope, HEADS, WAYS) if WAYS > 1 else slope, -1)
+    logit_params = (sm_scale, soft_cap, way_slope, ahead)
 
     l = tl.zeros([BLOCK_M] if WAYS == 1 else [WAYS, BLOCK_M], tl.float32)
     m = l + NEG_INF
@@ -358,52 +403,62 @@ def attention_kernel(
     for _ in tl.static_range(V_TILES):
         acc = acc + (tl.zeros([BLOCK_M, TILE] if WAYS == 1 else [WAYS, BLOCK_M, TILE], tl.float32),)
     if WAYS > 1:
-        q = each_way(q, WAYS)
-    k = (k_ptr + kv_head * stride_kh, stride_kp, stride_kn, k_scale, k_zero)
-    v = (v_ptr + kv_head * stride_vh, stride_vp, stride_vn, v_scale, v_zero)
+        each = ()
+        for i in tl.static_range(len(q)):
+            each = each + (to_ways(q[i], HEADS, WAYS),)
+        q = each
+        q_sum = to_ways(q_sum, HEADS, WAYS)
+        q_pos = to_ways(q_pos, HEADS, WAYS)
+    k = (k_head, stride_kp, stride_kn, k_scale, k_zero)
+    v = (v_head, stride_vp, stride_vn, v_scale, v_zero)
     if ONE_LOOP:
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, begin, end,
             m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS,
-            K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K,
-            BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
+            K_OFFSET, V_OFFSET, K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH,
+            V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, WAYS, HEADS, STAGES)  # fmt: skip
     else:
         if LEFT:
             m, l, acc, shift = attend(
                 q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right,
                 begin, left, m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM,
-                K_BIAS, V_BIAS, K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH,
-                V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
+                K_BIAS, V_BIAS, K_OFFSET, V_OFFSET, K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT,
+                RIGHT, K_WIDTH, V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, WAYS, HEADS, 1)  # fmt: skip
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, left, right,
             m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS,
-            K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K,
-            BLOCK_V, BLOCK_N, WAYS, STAGES)  # fmt: skip
+            K_OFFSET, V_OFFSET, K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, False, LEFT, RIGHT, K_WIDTH,
+            V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, WAYS, HEADS, STAGES)  # fmt: skip
         m, l, acc, shift = attend(
             q, q_sum, q_pos, k, v, kv_base, kv_indices_ptr, logit_params, freqs, window_left, window_right, right, end,
             m, l, acc, shift, KV_ROW, COS_SIN, K_GAIN, LOGITS, K_DECODE, V_DECODE, K_FORM, V_FORM, K_BIAS, V_BIAS,
-            K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH, V_WIDTH, BLOCK_K,
-            BLOCK_V, BLOCK_N, WAYS, 1)  # fmt: skip
+            K_OFFSET, V_OFFSET, K_GROUP, V_GROUP, K_TYPE, V_TYPE, PAGE_SIZE, ALIKE, True, LEFT, RIGHT, K_WIDTH,
+            V_WIDTH, BLOCK_K, BLOCK_V, BLOCK_M, BLOCK_N, WAYS, HEADS, 1)  # fmt: skip
 
     if WAYS > 1:
-        m, l, acc, shift = join_ways(m, l, acc, shift)
+        m, l, acc, shift = join_ways(m, l, acc, shift, HEADS)
     if OVERLAP:
         gdc_launch_dependents()  # the merge may start; it waits for this grid's stores
     offs_dv = tl.arange(0, BLOCK_V * V_PARTS)
-    gain = tl.full([BLOCK_M], 1.0, tl.float32) * out_scale
+    gain = tl.full([HEADS * BLOCK_M], 1.0, tl.float32) * out_scale
     if SHIFTED:
-        m += tl.where(slot < 0, lse_shift(tl.reshape(slope, [BLOCK_M]), ahead), 0.0)
+        m += tl.where(slot < 0, lse_shift(slope, ahead), 0.0)
     if SINKS:  # once per row, as the shift of lse: of a split tile, the merge adds them
         m, l, alpha = add_sink(m, l, tl.load(sinks_ptr + head, mask=valid & (slot < 0), other=NEG_INF) * LOG2_E)
         gain *= alpha
     factor, lse = finish(m, l)
+    if V_OFFSET > 0:
+        parts = ()
+        for i in tl.static_range(V_PARTS):
+            parts = parts + (acc[i] * (1 / raw_unit(i, V_PARTS)),)
+        acc = parts
     out = whole(acc)
     if V_FORM != "group" and v_zero is not None:
         out -= shift[:, None]
     out *= (factor * gain)[:, None]
     stored = valid[:, None] & (offs_dv < D_VO)[None, :]
     if slot >= 0:
-        base = (slot.to(tl.int64) * tl.num_programs(0) + head_group) * BLOCK_M + tl.arange(0, BLOCK_M)
+        base = (slot.to(tl.int64) * tl.num_programs(0) * HEADS + head_group) * BLOCK_M + r
         tl.store(partial_ptr + base[:, None] * D_VO + offs_dv[None, :], out, mask=stored)
         tl.store(partial_lse_ptr + base, lse, mask=valid)
     else:
@@ -511,12 +566,12 @@ def run(
     k_strides = k.stride()[:-1] if p.paged else (0, *k.stride()[:-1])
     v_strides = v.stride()[:-1] if p.paged else (0, *v.stride()[:-1])
     if plan.num_items:
-        attention_kernel[(p.num_qo_heads // c.pack, plan.num_items)](
+        attention_kernel[(p.num_qo_heads // c.pack // c.heads, plan.num_items)](
             q, k, v, out, lse, partial, partial_lse, plan.items, plan.kv_indices, sinks if sinks is not None else lse,
             plan.table, *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
             q.stride(0), q.stride(1), *k_strides, *v_strides, out.stride(0), out.stride(1),
             sm_scale, scales.out, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
-            **constexprs(p, c, sinks is not None, k_strides[:2] == v_strides[:2], scales),
+            **constexprs(p, c, sinks is not None, k_strides == v_strides, scales),
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers,
         )  # fmt: skip
     if plan.num_merges:
@@ -556,7 +611,7 @@ def factor_argument(factor: Factor | None, p: Problem) -> tuple[Any, ...] | None
 def constexprs(
     p: Problem, c: Config, has_sinks: bool, alike: bool = True, scales: Scales = NO_SCALES
 ) -> dict[str, object]:
-    """What the mainloop is specialised on; alike: K and V have the same page and token strides."""
+    """What the mainloop is specialised on; alike: K and V have the same strides."""
     k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
     exact = p.q_dtype == torch.float32
     logits = {
@@ -566,6 +621,11 @@ def constexprs(
         (True, True): variants.alibi_soft_capped,
     }
     block_k, block_v, v_tiles = tile_widths(p, c)
+    k_type, v_type = product_type(p.q_dtype, p.k_format, scales.k), product_type(p.q_dtype, p.v_format, scales.v)
+    k_raw = c.raw and p.k_format in codec.OFFSET and k_type == tl.float16 and reads_raw(scales.k, scales.k_zero)
+    v_raw = c.raw and p.v_format in codec.OFFSET and v_type == tl.float16 and reads_raw(scales.v, scales.v_zero)
+    k_raw = k_raw and p.rope is None  # pairs are turned as numbers
+    v_raw = v_raw and v_tiles == v_parts
     return {
         "KV_ROW": kv.paged_row if p.paged else kv.contiguous_row,
         "COS_SIN": rotation.cos_sin_for(exact) if p.rope else None,
@@ -573,16 +633,18 @@ def constexprs(
         "SLOPES": p.alibi,
         "SHIFTED": p.alibi_shift,
         "K_GAIN": rotation.key_gain(p.k_format, exact) if p.rope else 1.0,
-        "K_DECODE": codec.decoder(p.k_format, c.has_e4m3),
-        "V_DECODE": codec.decoder(p.v_format, c.has_e4m3),
+        "K_DECODE": codec.decoder(p.k_format, c.has_e4m3, k_raw),
+        "V_DECODE": codec.decoder(p.v_format, c.has_e4m3, v_raw),
         "K_FORM": scales.k.form if scales.k else "none",
         "V_FORM": scales.v.form if scales.v else "none",
         "K_BIAS": codec.BIAS[p.k_format],
         "V_BIAS": codec.BIAS[p.v_format],
+        "K_OFFSET": codec.OFFSET[p.k_format] if k_raw else 0.0,
+        "V_OFFSET": codec.OFFSET[p.v_format] if v_raw else 0.0,
         "K_GROUP": group_width(scales.k, p.head_dim_qk, k_parts, block_k),
         "V_GROUP": group_width(scales.v, p.head_dim_vo, v_parts, block_v),
-        "K_TYPE": product_type(p.q_dtype, p.k_format, scales.k),
-        "V_TYPE": product_type(p.q_dtype, p.v_format, scales.v),
+        "K_TYPE": k_type,
+        "V_TYPE": v_type,
         "PAGE_SIZE": p.page_size,
         "ALIKE": alike,
         "GROUP": p.group_size,
@@ -601,10 +663,16 @@ def constexprs(
         "BLOCK_M": c.block_m,
         "BLOCK_N": c.block_n,
         "WAYS": c.ways,
+        "HEADS": c.heads,
         "STAGES": c.num_stages,
         "ONE_LOOP": c.one_loop,
         "OVERLAP": c.overlap,
     }
+
+
+def reads_raw(scale: Factor | None, zero: Factor | None) -> bool:
+    """Whether numbers may be multiplied before anything is taken off them."""
+    return zero is None and (scale is None or scale.form != "group")
 
 
 def group_width(scale: Factor | None, head_dim: int, parts: int, block: int) -> int:

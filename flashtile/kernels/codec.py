@@ -99,6 +99,50 @@ def int4(x):
     )  # fmt: skip
 
 
+# Raw: a small whole number is, as the bits of an fp16, that number times 2**-24, exactly, and tensor cores take such
+# subnormals as they take others. Half the instructions; the mainloop takes OFFSET off afterwards, a whole tile at once.
+OFFSET = {"int8": 128.0, "int4": 8.0}
+
+
+@triton.constexpr_function
+def raw_unit(i, parts):
+    """What 1 is in part i of raw_int8 or raw_int4."""
+    return 2.0**-20 if parts == 4 and i % 2 == 1 else 2.0**-24
+
+
+@triton.constexpr_function
+def query_gain(i, parts, raw):
+    """What the dims of the query that meet part i of K are multiplied by, so that all products have the last one's
+    unit."""
+    return 2.0**-20 / raw_unit(i, parts) if raw and parts == 4 else 1.0
+
+
+@triton.jit
+def raw_int8(x):
+    """int8 + 128."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 high;
+        shr.b32 high, $2, 8;
+        lop3.b32 $0, $2, 0x00ff00ff, 0x00800080, 0x6a;
+        lop3.b32 $1, high, 0x00ff00ff, 0x00800080, 0x6a; }""",
+        "=&r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def raw_int4(x):
+    """Packed int4; every other one four bits higher."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 high;
+        shr.b32 high, $4, 8;
+        and.b32 $0, $4, 0x000f000f;
+        and.b32 $1, $4, 0x00f000f0;
+        and.b32 $2, high, 0x000f000f;
+        and.b32 $3, high, 0x00f000f0; }""",
+        "=&r,=&r,=r,=r,r", [x], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
 # The same in plain Triton, for its interpreter, which runs no assembly.
 
 
@@ -138,12 +182,31 @@ def plain_int4(x):
     return ((a - 8).to(tl.float16), (b - 8).to(tl.float16), (c - 8).to(tl.float16), (d - 8).to(tl.float16))
 
 
+@triton.jit
+def plain_raw_int8(x):
+    n = x.to(tl.int32) ^ 0x8080
+    return (_bits(n & 0xFF), _bits((n >> 8) & 0xFF))
+
+
+@triton.jit
+def plain_raw_int4(x):
+    n = x.to(tl.int32)
+    return (_bits(n & 0x0F), _bits(n & 0xF0), _bits((n >> 8) & 0x0F), _bits((n >> 8) & 0xF0))
+
+
 _PACKED = {"plain": plain, "e4m3": e4m3, "e5m2": e5m2, "int8": int8, "int4": int4}
 _PLAIN = {"plain": plain, "e4m3": plain_e4m3, "e5m2": plain_e5m2, "int8": plain_int8, "int4": plain_int4}
 
 
-def decoder(kv_format: str, has_e4m3: bool) -> triton.JITFunction:
-    """The function for a format of plan/problem.py; has_e4m3: the GPU converts e4m3 to fp16."""
-    if triton.knobs.runtime.interpret:
+_RAW = {"int8": raw_int8, "int4": raw_int4}
+_PLAIN_RAW = {"int8": plain_raw_int8, "int4": plain_raw_int4}
+
+
+def decoder(kv_format: str, has_e4m3: bool, raw: bool) -> triton.JITFunction:
+    """The function for a format of plan/problem.py; has_e4m3: the GPU converts e4m3 to fp16; raw: see above."""
+    interpret = triton.knobs.runtime.interpret
+    if raw:
+        return (_PLAIN_RAW if interpret else _RAW)[kv_format]
+    if interpret:
         return _PLAIN[kv_format]
     return e4m3_by_bits if kv_format == "e4m3" and not has_e4m3 else _PACKED[kv_format]

@@ -41,8 +41,8 @@ def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def of_head(factor, kv_head):
-    """A scale or zero point of one head: (pointer, strides of a page, a row, a head (and a group)) without the
-    head's."""
+    """A scale or zero point of one head, or of those [WAYS, 1] of the warps: (pointer, strides of a page, a row, a head
+    (and a group)) without the head's."""
     ptr = factor[0] + kv_head * factor[3]
     if len(factor) == 4:
         return (ptr, factor[1], factor[2])

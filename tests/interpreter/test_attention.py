@@ -21,19 +21,16 @@ from flashtile.testing.tolerance import assert_close
 DTYPES = (torch.float16, torch.float32)
 
 
-def config_for(case: AttentionCase, dtype: torch.dtype, kv_chunk: int = 0, sm: tuple[int, int] = (8, 0)) -> Config:
+def config_for(case: AttentionCase, dtype: torch.dtype, sm: tuple[int, int] = (8, 0), **forced: int) -> Config:
     problem = problem_of(case, dtype)
     lens = case.query_lens
     work = Workload(len(lens), sum(lens), max(lens, default=0), sum(case.kv_lens), max(case.kv_lens))
-    return replace(portable(problem, work, sm), kv_chunk=kv_chunk, overlap=False)
+    return replace(portable(problem, work, sm), overlap=False, **forced)
 
 
-def check(
-    case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0), copy_first: bool = False
-) -> None:
+def check(case: AttentionCase, dtype: torch.dtype, kv_chunk: int, sm: tuple[int, int] = (8, 0), **forced: int) -> None:
     x = make_inputs(case, dtype)
-    config = replace(config_for(case, dtype, kv_chunk, sm), copy_first=copy_first)
-    wrapper = make_wrapper(x, "cpu", config=config)
+    wrapper = make_wrapper(x, "cpu", config=config_for(case, dtype, sm, kv_chunk=kv_chunk, **forced))
     out, lse = run_case(x, wrapper)
     oracle, oracle_lse = expected(x, torch.float64)
     peer, peer_lse = expected(x, dtype)
@@ -66,3 +63,27 @@ def test_portable_for_wgmma(case: AttentionCase) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.head_dim == 64 and c.heads == (4, 2)], ids=str)
 def test_portable_split(case: AttentionCase) -> None:
     check(case, torch.float32, 64)
+
+
+def in_one_tile(case: AttentionCase) -> bool:
+    """Whether a tile of 16 rows holds all query rows of a KV head."""
+    return max(case.query_lens) * case.heads[0] // case.heads[1] <= 16
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("case", [c for c in CASES if in_one_tile(c)], ids=str)
+def test_portable_ways(case: AttentionCase, heads: int) -> None:
+    """Warps with keys, and heads, of their own."""
+    if case.heads[1] % heads:
+        pytest.skip("one KV head alone")
+    check(case, torch.float16, 64, ways=4, heads=heads)
+
+
+INTEGERS = [c for c in CASES if {"int8", "int4"} & {c.k_cache, c.v_cache}]
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+@pytest.mark.parametrize("case", [c for c in INTEGERS if in_one_tile(c)], ids=str)
+def test_portable_raw(case: AttentionCase, ways: int) -> None:
+    """int8 and int4 multiplied as they are."""
+    check(case, torch.float16, 64, ways=ways, heads=2 if ways > 1 and case.heads[1] % 2 == 0 else 1, raw=True)
