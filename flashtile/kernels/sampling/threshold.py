@@ -228,7 +228,8 @@ def bisect_slots(
     first pivot.
 
     A pass moves out_key up to the next entry. So where at most three are left, the lowest is tried: one is settled in
-    each pass, however close they lie. Simulated, 6 passes are made on average, 10 in one row of 100.
+    each pass, however close they lie. Simulated, 6 passes are made on average, 10 in one row of 100 (without the step
+    of one entry towards the middle 24).
     """
     num_above = num_in
     mass_above = mass_in
@@ -242,7 +243,10 @@ def bisect_slots(
         low_rank = tl.log2(num_in + 0.5)
         by_rank = (tl.log2(k - 0.5) - low_rank) / (tl.log2(num_out + 0.5) - low_rank)
         part = tl.minimum(by_rank, (enough - mass_in) / (mass_out - mass_in))
-        part = tl.where((tries >= 9) & (tries % 3 == 0), 0.5, tl.minimum(tl.maximum(part, 0.0), 1.0))
+        part = tl.minimum(tl.maximum(part, 0.0), 1.0)
+        one = 1.0 / (num_out - num_in)
+        part += tl.where(part < 0.5, one, -one)  # one entry towards the middle: both ends move, not the same each time
+        part = tl.where((tries >= 9) & (tries % 3 == 0), 0.5, part)
         pivot = in_key - ((in_key - out_key).to(tl.float32) * part).to(tl.int64)
         lowest = (num_out - num_in <= 3) | ((tries >= 9) & (tries % 3 == 1))
         pivot = tl.where(lowest, out_key + 1, tl.minimum(tl.maximum(pivot, out_key + 1), in_key - 1))
