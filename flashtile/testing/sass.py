@@ -65,6 +65,8 @@ def _written(opcode: str, operands: str) -> set[int]:
 
 
 def _read(opcode: str, operands: str) -> set[int]:
+    if re.fullmatch(r"R\d+, RZ, RZ, UR\d+", operands):
+        return set()  # a copy: Triton's PTX itself leaves the other half of a pair of fp8 undefined where there is none
     read = set()
     sources = operands.replace(_destination(operands), "", 1)
     for match in re.finditer(r"(gdesc\[|desc\[)?UR(\d+)\b", sources):
