@@ -1,8 +1,10 @@
 """The example engine: allocator and scheduler laws, a tiny random model, and the real one against transformers."""
 
+import math
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
+import flashtile
 from examples.engine import __main__ as command
-from examples.engine import cli, demo
+from examples.engine import cli, demo, perplexity
 from examples.engine.engine import Engine
-from examples.engine.kv_cache import PagePool
+from examples.engine.key_transform import KeyTransform
+from examples.engine.kv_cache import KV_DTYPES, KVCache, PagePool
 from examples.engine.model import Llama
 from examples.engine.prompts import PROMPTS
 from examples.engine.scheduler import Request, Sampling, Scheduler
@@ -282,6 +286,112 @@ def test_another_architecture_is_refused_by_name(name: str, options: dict[str, A
         Llama(tiny_source(**options), dtype=torch.float32, device="cpu")
 
 
+# ---- formats of the KV cache ----
+
+QUANTISED = ("fp8", "fp8_e5m2", "int8", "int4")
+
+
+def test_the_command_knows_all_formats() -> None:
+    assert {"auto", *KV_DTYPES} == set(cli.KV_DTYPES)
+    assert set(cli.KV_ALIASES.values()) < set(KV_DTYPES)
+
+
+def test_an_unknown_format_is_named(model: Llama) -> None:
+    with pytest.raises(ValueError, match="kv_dtype: expected auto or one of float32, .*, got 'int3'"):
+        Engine(model, kv_dtype="int3")
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "head_dim", "row_bytes"),
+    [
+        ("auto", 64, 256),
+        ("bfloat16", 64, 128),
+        ("fp8", 64, 64),
+        ("fp8_e5m2", 64, 64),
+        ("int8", 64, 64 + 4),
+        ("int4", 64, 32 + 2 * 8),  # a scale and a zero point for each 32 elements
+        ("int4", 80, 40 + 8),  # 80 is not cut into groups
+    ],
+)
+def test_bytes_of_the_pool(kv_dtype: str, head_dim: int, row_bytes: int) -> None:
+    cache = KVCache(
+        5, 7, 4, 3, head_dim, model_dtype=torch.float32, kv_dtype=kv_dtype, device=torch.device("cpu")
+    )  # 5 layers, 7 pages of 4 tokens, 3 heads
+    assert cache.bytes_per_token == 5 * 2 * 3 * row_bytes
+    assert cache.num_bytes == 7 * 4 * cache.bytes_per_token
+    assert cache.num_bytes == sum(x.untyped_storage().nbytes() for x in (cache.data, cache.factors) if x is not None)
+    assert f"{cache.bytes_per_token} bytes per token" in str(cache)
+
+
+@pytest.mark.parametrize("kv_dtype", [*QUANTISED, "bfloat16", "float16"])
+def test_tokens_from_each_format_repeat_however_served(kv_dtype: str, model: Llama) -> None:
+    """A token is quantised alone, so the cache is the same for any chunks and pages, but for the rounding of matrix
+    products over other numbers of rows."""
+    prompts = tiny_prompts(1, 5, 30, 2, 41)
+    whole = serve(Engine(model, kv_dtype=kv_dtype), prompts, Sampling(20))
+    assert whole == serve(Engine(model, kv_dtype=kv_dtype), prompts, Sampling(20))
+    for options in ({"chunk": 7}, {"page_size": 1}, {"num_pages": 24, "page_size": 3, "chunk": 5}):
+        assert serve(Engine(model, kv_dtype=kv_dtype, **options), prompts, Sampling(20)) == whole, options
+
+
+@pytest.mark.parametrize("kv_dtype", QUANTISED)
+def test_garbage_in_an_unused_quantised_cache_does_not_matter(kv_dtype: str, model: Llama) -> None:
+    prompts = tiny_prompts(3, 20, 9)
+    outputs = []
+    for byte in (0, 0x7F, 0xFF):  # in fp8 and in factors NaN
+        engine = Engine(model, page_size=4, kv_dtype=kv_dtype)
+        for x in (engine.cache.data, engine.cache.factors):
+            if x is not None:
+                x.view(torch.uint8).fill_(byte)
+        outputs.append(serve(engine, prompts, Sampling(12)))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+# difference of mean log probabilities, which are -8.9: the tiny model is a random one, and sharp
+NEAR = {"float32": 1e-5, "float16": 0.002, "bfloat16": 0.01, "fp8": 0.2, "fp8_e5m2": 0.2, "int8": 0.05, "int4": 0.3}
+
+
+@pytest.mark.parametrize("kv_dtype", NEAR)
+def test_likelihood_of_a_text_is_near_that_of_transformers(kv_dtype: str, source: Any, model: Llama) -> None:
+    (tokens,) = tiny_prompts(90)
+    with torch.inference_mode():
+        logits = source(torch.tensor([tokens])).logits[0, :-1]
+    expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:])).item()
+    for chunk in (512, 13):
+        engine = Engine(model, kv_dtype=kv_dtype, chunk=chunk, page_size=4)
+        got = perplexity.log_likelihood(engine, tokens) / len(tokens[1:])
+        assert abs(got - expected) <= NEAR[kv_dtype], chunk
+        assert engine.cache.pool.num_free == engine.cache.pool.num_pages
+
+
+def test_transformed_keys_leave_attention_as_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(50, 2, 24, generator=generator) * torch.logspace(-2, 1, 24) + 10 * torch.rand(2, 24)
+    k[..., 3] = 0.0  # a channel that is not used
+    q = torch.randn(50, 6, 24, generator=generator)
+    transform = KeyTransform.fit(k[:40], q[:40])
+    before, after = (
+        torch.einsum("nhgd,mhd->hgnm", q.view(50, 2, 3, 24).double(), k.double()).softmax(-1)
+        for q, k in ((q, k), (transform.queries(q), transform.keys(k)))
+    )
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
+
+
+def test_transformed_keys_are_nearer_in_four_bits() -> None:
+    """Large constant channels, as in real models: the error of logits, but for what all keys share, falls."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(500, 1, 64, generator=generator)
+    k[..., ::16] += 20
+    q = torch.randn(500, 1, 64, generator=generator)
+    transform = KeyTransform.fit(k, q)
+    errors = []
+    for queries, keys in ((q, k), (transform.queries(q), transform.keys(k))):
+        rounded = flashtile.dequantize_kv_int4(*flashtile.quantize_kv_int4(keys, 32))
+        error = queries[:, 0] @ (rounded - keys)[:, 0].T
+        errors.append((error - error.mean(1, keepdim=True)).square().mean().sqrt().item())
+    assert errors[1] < 0.3 * errors[0]
+
+
 # ---- text ----
 
 
@@ -331,9 +441,9 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return directory
 
 
-def run(*argv: str) -> int:
+def run(*argv: str, main: Callable[[Sequence[str] | None], int] = command.main) -> int:
     try:
-        return cli.run_command(command.main, argv)
+        return cli.run_command(main, argv)
     except SystemExit as exit:  # argparse
         return int(exit.code or 0)
 
@@ -358,7 +468,8 @@ def test_command_answers_refuses_and_streams(tiny_dir: str, tmp_path: Path, caps
     [
         (("--model", "/nowhere"), "no such directory"),
         (("--model", "{empty}"), "expected config.json or one .gguf file, found 0"),
-        (("--model", "{tiny}", "--kv-dtype", "fp8"), "not implemented"),
+        (("--model", "{tiny}", "--kv-dtype", "fp3"), "--kv-dtype: invalid choice: 'fp3' (choose from "),
+        (("--model", "{tiny}", "--kv-dtype", "all"), "--kv-dtype: invalid choice: 'all' (choose from "),
         (("--model", "{tiny}", "--page-size", "0"), "--page-size: expected at least 1, got 0"),
         (("--model", "{tiny}", "--num-pages", "0"), "--num-pages: expected at least 1, got 0"),
         (("--model", "{tiny}", "--chunk", "0"), "--chunk: expected at least 1, got 0"),
@@ -376,13 +487,108 @@ def test_command_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["examples.engine", "examples.engine.demo"])
+def test_command_refuses_a_prompt_beyond_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_source().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    prompts = ("--prompt", "one", "--prompt", "x" * 96, "--prompt", "three")
+    assert run("--model", str(tmp_path), "--device", "cpu", *prompts) == 1
+    out, err = capsys.readouterr()
+    assert "refused: the prompt has 96 tokens, but the context holds 96, one of them new" in err
+    assert out.index("> one") < out.index("> xxx") < out.index("> three")
+
+
+def test_command_samples_by_its_seed(tiny_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for seed in ("1", "1", "2"):
+        options = ("--temperature", "1.5", "--top-k", "40", "--top-p", "0.9", "--seed", seed)
+        assert run("--model", tiny_dir, "--device", "cpu", "--prompt", "Hi", "--max-new-tokens", "12", *options) == 0
+        outputs.append(capsys.readouterr().out.rpartition("\n\n")[0])
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_progress_bar_on_a_terminal(
+    stream: bool, tiny_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    options = ("--device", "cpu", "--prompt", "Hi", "--max-new-tokens", "5", *(("--stream",) if stream else ()))
+    assert run("--model", tiny_dir, *options) == 0
+    assert (" tokens/s" in capsys.readouterr().err) != stream, "a bar, unless the text itself shows the progress"
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "bf16", "e5m2", "int4"])
+def test_command_shows_the_bytes_of_its_cache(kv_dtype: str, tiny_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--device", "cpu", "--prompt", "Hi", "--max-new-tokens", "5", "--num-pages", "8", "--kv-dtype", kv_dtype)
+    assert run("--model", tiny_dir, *options) == 0
+    name = {"auto": "float32"}.get(kv_dtype, cli.KV_ALIASES.get(kv_dtype, kv_dtype))
+    size = {"auto": 512, "bf16": 256, "e5m2": 128, "int4": 128}[kv_dtype]
+    assert f"KV cache in {name}: {size} bytes per token, " in capsys.readouterr().out
+
+
+def test_demo_compares_all_formats(tiny_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--model", tiny_dir, "--device", "cpu", "--max-new-tokens", "4", "--kv-dtype", "all")
+    assert cli.run_command(demo.main, options) == 0
+    rows = [line.split() for line in capsys.readouterr().out.partition("bytes/token")[2].splitlines()[1:]]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("float32", "512"),
+        ("bfloat16", "256"),
+        ("fp8", "128"),
+        ("fp8_e5m2", "128"),
+        ("int8", "160"),
+        ("int4", "128"),
+    ]
+    assert all(float(row[3]) > 0 for row in rows)
+    assert rows[0][4:] == ["32", "of", "32"]
+
+
+def test_perplexity_prints_a_table(tiny_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("what was read before " * 9)
+    options = ("--model", tiny_dir, "--device", "cpu", "--text", str(file), "--tokens", "130", "--window", "43")
+    assert cli.run_command(perplexity.main, options) == 0
+    out = capsys.readouterr().out
+    assert "129 tokens in windows of 43" in out, "nothing to guess in the last window, of one token"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == [
+        "bfloat16",
+        "float32",
+        "fp8",
+        "fp8_e5m2",
+        "int8",
+        "int4",
+        "int4, keys as they are",
+    ]
+    assert rows[0][3] == "+0.00 %"
+    assert all(math.isfinite(float(row[2])) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--text", "/nowhere"), "--text /nowhere"),
+        (("--window", "1"), "--window: expected at least 2"),
+        (("--model", "{tiny}", "--device", "cpu", "--num-pages", "4"), "needs room for 1025 tokens, but the cache"),
+        (("--model", "{tiny}", "--device", "cpu", "--tokens", "1"), "expected at least 2 tokens, got 1"),
+        (("--kv-dtype", "fp3"), "--kv-dtype: invalid choice"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x[-2:]),
+)
+def test_perplexity_says_what_is_wrong(
+    options: tuple[str, ...], message: str, tiny_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [option.format(tiny=tiny_dir) for option in options]
+    assert run(*argv, main=perplexity.main) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["examples.engine", "examples.engine.demo", "examples.engine.perplexity"])
 def test_help_needs_neither_torch_nor_a_model(module: str) -> None:
     code = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module({module!r}, run_name='__main__')"
     code = f"import atexit; atexit.register(lambda: print('torch' in __import__('sys').modules)); {code}"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "--page-size" in result.stdout
+    assert "int4" in result.stdout
     assert result.stdout.rstrip().endswith("False")
 
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine = cli.make_engine(args, source)
     del source  # the engine has its own, fused copy of the weights
     requests = answer(engine, tokenizer, prompts or list(PROMPTS), sampling, raw=args.raw, stream=args.stream)
-    print(f"\n{engine.stats}")
+    print(f"\n{engine.stats}\n{engine.cache}")
     return 1 if any(r.finish_reason == "refused" for r in requests) else 0
 
 

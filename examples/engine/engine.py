@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import flashtile
-from examples.engine.kv_cache import KVCache
+from examples.engine.key_transform import KeyTransform
+from examples.engine.kv_cache import KVCache, Slots
 from examples.engine.model import Batch, Llama
 from examples.engine.scheduler import Request, Sampling, Scheduler
 
 WORKSPACE_BYTES = 128 << 20  # partial results of requests whose KV is split over several CTAs
+SAMPLE_TOKENS = 1024  # of a prompt that an engine with an int4 cache reads when it starts
 
 
 @dataclass
@@ -36,19 +38,37 @@ class Stats:
 class Engine:
     """Serves token sequences with one model; text is the caller's business (see text.py)."""
 
-    def __init__(self, model: Llama, *, num_pages: int | None = None, page_size: int = 16, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        num_pages: int | None = None,
+        page_size: int = 16,
+        chunk: int = 512,
+        kv_dtype: str = "auto",
+    ) -> None:
         """
         Args:
             num_pages: pages of the KV cache. Default: room for 8192 tokens.
             page_size: tokens of a page.
             chunk: prompt tokens of one step, over all requests, at most.
+            kv_dtype: of the KV cache: "auto", the model's, or a name in kv_cache.KV_DTYPES.
         """
         self.model = model
         if num_pages is None:
             num_pages = -(-8192 // max(page_size, 1))
         self.cache = KVCache(
-            len(model.layers), num_pages, page_size, model.num_kv_heads, model.head_dim, model.dtype, model.device
+            len(model.layers),
+            num_pages,
+            page_size,
+            model.num_kv_heads,
+            model.head_dim,
+            model_dtype=model.dtype,
+            kv_dtype=kv_dtype,
+            device=model.device,
         )
+        if kv_dtype == "int4":
+            self.cache.key_transforms = sample_key_transforms(model)
         self.scheduler = Scheduler(self.cache.pool, page_size, chunk, model.context)
         self.stats = Stats()
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=model.device)
@@ -78,7 +98,8 @@ class Engine:
         step = self.scheduler.next_step()
         # a request speaks if this step feeds its last known token; others are still in the middle of their prompt
         speaks = [request.num_cached + count == request.num_tokens for request, count in step]
-        batch = self._plan(step, speaks)
+        ends = torch.tensor([count for _, count in step]).cumsum(0)
+        batch = self.plan(step, (ends - 1)[torch.tensor(speaks)])
         logits = self.model.forward(batch, self.cache)
         speakers = [request for (request, _), s in zip(step, speaks, strict=True) if s]
         new_tokens = choose(logits, speakers).tolist()
@@ -91,8 +112,11 @@ class Engine:
         self.stats.new_tokens += len(new_tokens)
         self.stats.seconds += time.perf_counter() - begin
 
-    def _plan(self, step: list[tuple[Request, int]], speaks: list[bool]) -> Batch:
-        """The step as one ragged batch: index tensors, made on the host, and the planned attention."""
+    def plan(self, step: list[tuple[Request, int]], logit_rows: Tensor) -> Batch:
+        """The step as one ragged batch: index tensors, made on the host, and the planned attention.
+
+        logit_rows: the tokens of the step, of all its requests in a row, whose logits are wanted.
+        """
         model, page_size = self.model, self.cache.page_size
         counts = torch.tensor([count for _, count in step], dtype=torch.int32)
         kv_lens = torch.tensor([request.num_cached for request, _ in step], dtype=torch.int32) + counts
@@ -105,27 +129,26 @@ class Engine:
         batch_indices, positions = flashtile.get_batch_indices_positions(qo_indptr, kv_lens, len(tokens))
 
         heads = (model.num_qo_heads, model.num_kv_heads, model.head_dim, page_size)
+        dtypes: dict[str, Any] = {
+            "q_data_type": self.cache.query_dtype,
+            "kv_data_type": self.cache.dtype,
+            "o_data_type": model.dtype,
+        }
         attention: flashtile.BatchDecodeWithPagedKVCacheWrapper | flashtile.BatchPrefillWithPagedKVCacheWrapper
         if len(tokens) == len(step):  # one token each: plain decode
             attention = self._decode
-            attention.plan(kv_indptr, kv_indices, last_page_len, *heads, q_data_type=model.dtype)
+            attention.plan(kv_indptr, kv_indices, last_page_len, *heads, **dtypes)
         else:  # prompt pieces, and decoding requests as pieces of one token
             attention = self._prefill
-            attention.plan(
-                qo_indptr, kv_indptr, kv_indices, last_page_len, *heads, causal=True, q_data_type=model.dtype
-            )
+            attention.plan(qo_indptr, kv_indptr, kv_indices, last_page_len, *heads, causal=True, **dtypes)
 
         def move(x: Tensor) -> Tensor:
             return x.to(model.device, non_blocking=True)
 
         return Batch(
             tokens=move(tokens),
-            positions=move(positions),
-            batch_indices=move(batch_indices),
-            kv_indptr=move(kv_indptr),
-            kv_indices=move(kv_indices),
-            last_page_len=move(last_page_len),
-            logit_rows=move((qo_indptr[1:] - 1)[torch.tensor(speaks)]),
+            slots=Slots(*map(move, (batch_indices, positions, kv_indptr, kv_indices, last_page_len))),
+            logit_rows=move(logit_rows),
             attention=attention,
         )
 
@@ -137,6 +160,18 @@ class Engine:
             self.scheduler.finish(request, "eos")
         elif request.num_tokens >= request.max_tokens:
             self.scheduler.finish(request, "length")
+
+
+def sample_key_transforms(model: Llama) -> list[KeyTransform]:
+    """For an int4 cache, fitted to the keys and queries of random tokens: their large channels are those of any text,
+    and an engine need not be given one. Equal models give equal transforms, whatever pages and chunks they have."""
+    length = min(SAMPLE_TOKENS, model.context - 1)
+    engine = Engine(model, num_pages=1, page_size=length + 1, chunk=length)
+    engine.cache.key_transforms = []  # each layer fits its own when it sees its first keys
+    tokens = torch.randint(len(model.embedding), (length,), generator=torch.Generator().manual_seed(0))
+    engine.submit(tokens.tolist(), Sampling(max_new_tokens=1))
+    engine.run()
+    return engine.cache.key_transforms
 
 
 def indptr(counts: Tensor) -> Tensor:

@@ -1,7 +1,28 @@
-"""The paged KV cache: pages of `page_size` tokens that requests take from one pool and give back when they finish."""
+"""The paged KV cache: pages of `page_size` tokens that requests take from one pool and give back when they finish.
+
+Keys and values lie there as floats, or quantised: each token and head on its own, so that what a page holds depends
+neither on the chunks of a prompt nor on what else is served.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+import flashtile
+from examples.engine.key_transform import KeyTransform
+
+# The names that --kv-dtype takes, beside "auto": that of the model.
+KV_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "int8": torch.int8,
+    "int4": torch.uint8,  # two to a byte
+}
+INT4_GROUP = 32  # elements of head_dim that share a scale and a zero point, where head_dim can be cut so
 
 
 class PagePool:
@@ -36,10 +57,23 @@ class PagePool:
         self._free.extend(pages)
 
 
-class KVCache:
-    """K and V of all layers, [num_layers, num_pages, 2, page_size, num_kv_heads, head_dim], and the pool of its pages.
+class Slots(NamedTuple):
+    """Where the K and V of a step's tokens go, and whose they are. Index tensors on the device."""
 
-    A page id means the same page in every layer. Memory starts uninitialised: attention reads only what was appended.
+    batch_indices: Tensor  # [nnz_qo], which request
+    positions: Tensor  # [nnz_qo], in the token's request
+    kv_indptr: Tensor  # [batch_size + 1], in pages
+    kv_indices: Tensor  # page ids
+    last_page_len: Tensor  # [batch_size]
+
+
+class KVCache:
+    """K and V of all layers, and the pool of their pages. A page id means the same page in every layer.
+
+    data: [num_layers, num_pages, 2, page_size, num_kv_heads, head_dim], in int4 half as many bytes. factors, in int8
+    and int4: the scales of each token and head, then the zero points, fp32; None for other formats. fp8 has a scale of
+    1: keys and values of a language model lie well inside its range.
+    Memory starts uninitialised: attention reads only what was appended.
     """
 
     def __init__(
@@ -49,16 +83,88 @@ class KVCache:
         page_size: int,
         num_kv_heads: int,
         head_dim: int,
-        dtype: torch.dtype,
+        *,
+        model_dtype: torch.dtype,
+        kv_dtype: str,
         device: torch.device,
     ) -> None:
+        """kv_dtype: "auto", for model_dtype, or a name in KV_DTYPES."""
         if page_size < 1:
             raise ValueError(f"page_size: expected at least 1 token, got {page_size}")
+        if kv_dtype != "auto" and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: expected auto or one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
         self.page_size = page_size
         self.pool = PagePool(num_pages)
-        shape = (num_layers, num_pages, 2, page_size, num_kv_heads, head_dim)
-        self.data = torch.empty(shape, dtype=dtype, device=device)
+        self.dtype = model_dtype if kv_dtype == "auto" else KV_DTYPES[kv_dtype]
+        # attention over a cache that is not quantised wants queries of the same dtype
+        self.query_dtype = self.dtype if self.dtype.itemsize > 1 else model_dtype
+        self.name = str(model_dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
+        self._group = INT4_GROUP if head_dim % INT4_GROUP == 0 else None
+        groups = head_dim // (self._group or head_dim)
+        num_factors = {torch.int8: 1, torch.uint8: 2 * groups}.get(self.dtype, 0)
+        rows = (num_layers, num_pages, 2, page_size, num_kv_heads)
+        width = head_dim // 2 if self.dtype == torch.uint8 else head_dim
+        self.data = torch.empty(*rows, width, dtype=self.dtype, device=device)
+        self.factors = torch.empty(*rows, num_factors, device=device) if num_factors else None
+        self.key_transforms: list[KeyTransform] | None = None  # of each layer; one that is missing is fitted
+        self._one = torch.ones((), device=device)
 
-    def layer(self, index: int) -> Tensor:
-        """The cache of one layer, [num_pages, 2, page_size, num_kv_heads, head_dim], a view."""
-        return self.data[index]
+    def __str__(self) -> str:
+        size = f"{self.num_bytes / 2**20:.1f} MiB in {self.pool.num_pages} pages of {self.page_size}"
+        return f"KV cache in {self.name}: {self.bytes_per_token} bytes per token, {size}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole pool, in all layers."""
+        return self.data.nbytes + (0 if self.factors is None else self.factors.nbytes)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K, V and their factors, in all layers."""
+        return self.num_bytes // (self.pool.num_pages * self.page_size)
+
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
+        """Write new tokens' K and V, [nnz_qo, num_kv_heads, head_dim], to their slots of one layer.
+
+        Returns their queries q, [nnz_qo, num_qo_heads, head_dim], as attention over this cache takes them.
+        """
+        if self.key_transforms is not None:
+            if layer == len(self.key_transforms):
+                self.key_transforms.append(KeyTransform.fit(k, q))
+            transform = self.key_transforms[layer]
+            q, k = transform.queries(q), transform.keys(k)
+        if self.dtype.itemsize > 1:  # not quantised
+            self._write(self.data[layer], slots, k.to(self.dtype), v.to(self.dtype))
+        else:
+            numbers, factors = self._quantise(torch.stack([k, v], 1))
+            self._write(self.data[layer], slots, *numbers.unbind(1))
+            if self.factors is not None and factors is not None:
+                self._write(self.factors[layer], slots, *factors.unbind(1))
+        return q.to(self.query_dtype)
+
+    def layer(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """What attention over one layer reads: the cache [num_pages, 2, page_size, num_kv_heads, ...], and the scales
+        and zero points by the names of run()'s arguments. Views."""
+        if self.factors is None:
+            return self.data[index], {}
+        k, v = self.factors[index].unbind(1)
+        if self.dtype == torch.int8:
+            return self.data[index], {"k_scale": k, "v_scale": v}
+        (k_scale, k_zero), (v_scale, v_zero) = k.chunk(2, -1), v.chunk(2, -1)
+        return self.data[index], {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
+
+    def _quantise(self, kv: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Numbers of the cache's dtype [..., width] and their factors [..., num_factors]."""
+        if self.dtype == torch.int8:
+            numbers, scale, _ = flashtile.quantize_kv_int8(kv)
+            return numbers, scale[..., None]
+        if self.dtype == torch.uint8:
+            numbers, scale, zero = flashtile.quantize_kv_int4(kv, self._group)
+            assert zero is not None  # None only where symmetric
+            return numbers, torch.cat([x.view(*kv.shape[:-1], -1) for x in (scale, zero)], -1)
+        return flashtile.quantize_kv_fp8(kv, self._one, self.dtype)[0], None
+
+    def _write(self, cache: Tensor, slots: Slots, k: Tensor, v: Tensor) -> None:
+        flashtile.append_paged_kv_cache(
+            k, v, slots.batch_indices, slots.positions, cache, slots.kv_indices, slots.kv_indptr, slots.last_page_len
+        )

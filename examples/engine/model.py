@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import flashtile
-from examples.engine.kv_cache import KVCache
+from examples.engine.kv_cache import KVCache, Slots
 from examples.engine.linear import Linear
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence length
@@ -22,11 +22,7 @@ class Batch:
     """One step's tokens of all its requests, in a row, and where their K and V live. Index tensors on the device."""
 
     tokens: Tensor  # [nnz_qo]
-    positions: Tensor  # [nnz_qo], in the token's request
-    batch_indices: Tensor  # [nnz_qo], which request
-    kv_indptr: Tensor  # [batch_size + 1], in pages
-    kv_indices: Tensor  # page ids
-    last_page_len: Tensor  # [batch_size]
+    slots: Slots
     logit_rows: Tensor  # rows of `tokens` whose logits are wanted
     attention: Any  # a flashtile wrapper, planned for this batch
 
@@ -97,7 +93,7 @@ class Llama:
         x = flashtile.rmsnorm(residual, self.layers[0].attention_norm, self.eps)
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            x = layer.out(self._attend(layer.qkv(x), batch, cache.layer(i)))
+            x = layer.out(self._attend(layer.qkv(x), batch, cache, i))
             if i == len(self.layers) - 1:  # from here on only the rows that speak
                 x, residual = x[batch.logit_rows], residual[batch.logit_rows]
             flashtile.fused_add_rmsnorm(x, residual, layer.mlp_norm, self.eps)  # residual += x; x = norm(residual)
@@ -105,16 +101,18 @@ class Llama:
             flashtile.fused_add_rmsnorm(x, residual, next_norm, self.eps)
         return self.lm_head(x).float()
 
-    def _attend(self, qkv: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
-        """Rotate, append and attend: [nnz_qo, (Hq + 2 Hkv) * head_dim] -> [nnz_qo, Hq * head_dim]."""
+    def _attend(self, qkv: Tensor, batch: Batch, cache: KVCache, layer: int) -> Tensor:
+        """Rotate, append and attend: [nnz_qo, (Hq + 2 Hkv) * head_dim] -> [nnz_qo, Hq * head_dim].
+
+        The new tokens, too, attend to each other through the cache: as it holds them, rounded to its format.
+        """
         kv_width = self.num_kv_heads * self.head_dim
         q, k, v = qkv.split([self.num_qo_heads * self.head_dim, kv_width, kv_width], dim=-1)
-        flashtile.apply_rope_with_cos_sin_cache_inplace(batch.positions, q, k, self.head_dim, self.cos_sin)
+        flashtile.apply_rope_with_cos_sin_cache_inplace(batch.slots.positions, q, k, self.head_dim, self.cos_sin)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))  # [nnz_qo, heads, head_dim]
-        flashtile.append_paged_kv_cache(
-            k, v, batch.batch_indices, batch.positions, kv_cache, batch.kv_indices, batch.kv_indptr, batch.last_page_len
-        )
-        return batch.attention.run(q, kv_cache).flatten(1)  # type: ignore[no-any-return]
+        q = cache.append(layer, q, k, v, batch.slots)
+        kv_cache, scales = cache.layer(layer)
+        return batch.attention.run(q, kv_cache, **scales).flatten(1)  # type: ignore[no-any-return]
 
 
 def check_config(config: Any) -> None:

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from examples.engine import perplexity
 from examples.engine.engine import Engine
 from examples.engine.model import Llama
 from examples.engine.scheduler import Sampling
@@ -34,3 +35,29 @@ def test_half_precision_repeats_itself(dtype: torch.dtype) -> None:
     first, again = (serve(Engine(model, page_size=4, chunk=6), PROMPTS, Sampling(20)) for _ in range(2))
     assert first == again
     assert all(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16", "fp8", "fp8_e5m2", "int8", "int4"])
+def test_each_format_of_the_cache_repeats_itself(kv_dtype: str, dtype: torch.dtype) -> None:
+    model = Llama(tiny_source(), dtype=dtype, device="cuda")
+    options = {"page_size": 4, "chunk": 6, "kv_dtype": kv_dtype}
+    first, again = (serve(Engine(model, **options), PROMPTS, Sampling(20)) for _ in range(2))
+    assert first == again
+    assert all(first)
+
+
+# Of mean log probabilities. A last bit of a key that differs between the devices may become a step of its format.
+NEAR = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3, "fp8": 0.05, "fp8_e5m2": 0.1, "int8": 0.02, "int4": 0.1}
+
+
+@pytest.mark.parametrize("kv_dtype", NEAR)
+def test_likelihood_from_each_format_is_near_that_of_the_cpu(kv_dtype: str) -> None:
+    (tokens,) = tiny_prompts(90)
+    got, expected = (
+        perplexity.log_likelihood(
+            Engine(Llama(tiny_source(), dtype=torch.float32, device=device), kv_dtype=kv_dtype, chunk=40), tokens
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert abs(got - expected) / 89 <= NEAR[kv_dtype]

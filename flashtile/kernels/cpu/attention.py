@@ -94,12 +94,12 @@ def _make_batch(plan: Plan, item: dict[str, np.ndarray], num_tokens: int) -> Bat
 def _gather(cache: Tensor, at: tuple[Tensor, ...], scale: Factor | None, zero: Factor | None) -> Tensor:
     """Rows of a cache as values, [b, L, H_kv, D] fp32."""
     if cache.dtype == torch.uint8:
-        packed = cache[at]
+        packed = _rows(cache, at)
         rows = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).float()
     elif cache.element_size() == 1:  # fp8 has no indexing
-        rows = cache.view(torch.uint8)[at].view(cache.dtype).float()
+        rows = _rows(cache.view(torch.uint8), at).view(cache.dtype).float()
     else:
-        rows = cache[at].float()
+        rows = _rows(cache, at).float()
     if zero is not None:
         rows -= _spread(zero, at, rows)
     elif cache.dtype == torch.uint8:
@@ -107,8 +107,20 @@ def _gather(cache: Tensor, at: tuple[Tensor, ...], scale: Factor | None, zero: F
     return rows if scale is None else rows.mul_(_spread(scale, at, rows))
 
 
+def _rows(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """x[at], a copy: one index_select() where pages and slots can be counted as one row number, some 4 x as fast."""
+    if len(at) == 2:
+        page, slot = x.stride()[:2]
+        if x.shape[0] == 0 or slot == 0 or page % slot:
+            return x[at]
+        step = page // slot  # rows from one page to the next, those of V between those of K counted
+        x = x.as_strided(((x.shape[0] - 1) * step + x.shape[1], *x.shape[2:]), (slot, *x.stride()[2:]))
+        at = (at[0] * step + at[1],)
+    return x.index_select(0, at[0].view(-1)).view(*at[0].shape, *x.shape[1:])
+
+
 def _spread(factor: Factor, at: tuple[Tensor, ...], rows: Tensor) -> Tensor:
-    values = (factor.values if factor.form == "head" else factor.values[at]).float()
+    values = (factor.values if factor.form == "head" else _rows(factor.values, at)).float()
     return (
         values.repeat_interleave(rows.shape[-1] // values.shape[-1], -1)
         if factor.form == "group"
