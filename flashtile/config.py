@@ -147,7 +147,8 @@ def hopper(p: Problem, w: Workload) -> Config:
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
     row = _portable_row(p, w, sm, sms)
-    return replace(_with_rope(p, row, sm) if p.rope else row, has_e4m3=sm >= (8, 9))
+    row = _with_rope(p, row, sm) if p.rope else _with_alibi(row, sm) if p.alibi else row
+    return replace(row, has_e4m3=sm >= (8, 9))
 
 
 def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
@@ -163,11 +164,16 @@ def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
         return replace(row, block_n=32, num_stages=5, max_registers=128 if fits else 168)
     if row.block_m > 16 and wide > 256:
         return replace(row, block_m=16, block_n=16)
-    if wide > 128 and row.block_m == 64 and sm < (9, 0):
-        return replace(row, block_m=32)
-    if wide <= 128 and row.block_m == 64:
-        return replace(row, block_n=32)
-    return row
+    if row.block_m == 64 and sm < (9, 0):
+        return replace(row, block_m=32) if wide > 128 else replace(row, num_warps=8)
+    return replace(row, block_n=32) if row.block_m == 64 else row
+
+
+def _with_alibi(row: Config, sm: tuple[int, int]) -> Config:
+    """A row for logits with ALiBi's term, which takes some registers more where there is no wgmma. Likewise."""
+    if sm >= (9, 0) or row.num_warps != 4:
+        return row
+    return replace(row, max_registers=168) if row.block_m == 16 else replace(row, num_warps=8)
 
 
 def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Config:
