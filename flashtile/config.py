@@ -157,9 +157,11 @@ def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:
         return row
+    if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:  # one CTA an SM: more warps to hide the rotation
+        return replace(row, block_n=64, num_warps=8, max_registers=168)
     if row.block_m == 16 and wide <= 128:
         # two KV blocks of half the rows in flight are the bytes of one whole. 128 registers keep four CTAs an SM, 168
-        # three; both are said, since ptxas left alone spills a few bytes
+        # three; they are said, since ptxas left alone spills a few bytes
         fits = not p.quantised and p.window_left < 0 and not p.logits_soft_cap
         return replace(row, block_n=32, num_stages=5, max_registers=128 if fits else 168)
     if row.block_m > 16 and wide > 256:
