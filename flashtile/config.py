@@ -170,7 +170,7 @@ def hopper(p: Problem, w: Workload) -> Config:
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
     row = _portable_row(p, w, sm, sms)
-    row = _with_rope(p, row, sm) if p.rope else row
+    row = _with_rope(p, row, sm) if p.rope else _with_alibi(row, sm) if p.alibi else row
     return replace(row, has_e4m3=sm >= (8, 9), has_wgmma=sm[0] == 9)
 
 
@@ -180,18 +180,25 @@ def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:
         return row
+    if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:  # one CTA an SM: more warps to hide the rotation
+        return replace(row, block_n=64, num_warps=8, max_registers=168)
     if row.block_m == 16 and wide <= 128:
         # two KV blocks of half the rows in flight are the bytes of one whole. 128 registers keep four CTAs an SM, 168
-        # three; both are said, since ptxas left alone spills a few bytes
+        # three; they are said, since ptxas left alone spills a few bytes
         fits = not p.quantised and p.window_left < 0 and not p.logits_soft_cap
         return replace(row, block_n=32, num_stages=5, max_registers=128 if fits else 168)
     if row.block_m > 16 and wide > 256:
         return replace(row, block_m=16, block_n=16)
-    if wide > 128 and row.block_m == 64 and sm < (9, 0):
-        return replace(row, block_m=32)
-    if wide <= 128 and row.block_m == 64:
-        return replace(row, block_n=32)
-    return row
+    if row.block_m == 64 and sm < (9, 0):
+        return replace(row, block_m=32) if wide > 128 else replace(row, num_warps=8)
+    return replace(row, block_n=32) if row.block_m == 64 else row
+
+
+def _with_alibi(row: Config, sm: tuple[int, int]) -> Config:
+    """A row for logits with ALiBi's term, which takes some registers more where there is no wgmma. Likewise."""
+    if sm >= (9, 0) or row.num_warps != 4:
+        return row
+    return replace(row, max_registers=168) if row.block_m == 16 else replace(row, num_warps=8)
 
 
 def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Config:

@@ -759,7 +759,8 @@ def compile_cases() -> list[CompileCase]:
                   head_dim_qk=512, head_dim_vo=512),
             _case("decode.int8.int4", sm, half, 1, _scales("token"), page_size=1, kv_dtype=torch.int8,
                   v_dtype=torch.uint8),
-            *[_case(f"decode.rope.page{n}", sm, half, 1, page_size=n, rope=Rope()) for n in (1, 16)],
+            *[_case(f"decode.rope.page{n}.b{b}", sm, half, 1, page_size=n, rope=Rope(), batch_size=b)
+              for n in (1, 16) for b in (8, 64)],
             *[_case(f"decode.rope.dim{d}", sm, half, 1, page_size=16, rope=Rope(), head_dim_qk=d, head_dim_vo=d)
               for d in (80, 256, 512)],
             _case("decode.rope.fp32", sm, full, 1, page_size=16, rope=Rope()),
@@ -797,11 +798,17 @@ def _scales(form: str) -> Scales:
 
 
 def _case(
-    name: str, sm: tuple[int, int], dtype: torch.dtype, qo_len: int, scales: Scales = NO_SCALES, **fields: Any
+    name: str,
+    sm: tuple[int, int],
+    dtype: torch.dtype,
+    qo_len: int,
+    scales: Scales = NO_SCALES,
+    batch_size: int = 8,
+    **fields: Any,
 ) -> CompileCase:
     heads = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim_qk": 128, "head_dim_vo": 128, "kv_dtype": dtype}
     problem = Problem(**{**heads, **fields}, q_dtype=dtype, o_dtype=dtype)
-    config = portable(problem, Workload(8, 8 * qo_len, qo_len, 8 * 1024, 1024), sm)
+    config = portable(problem, Workload(batch_size, batch_size * qo_len, qo_len, batch_size * 1024, 1024), sm)
     scales = fit_scales(scales, config)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     strides = tuple(n for n in attention_kernel.arg_names if n.startswith("stride_"))
