@@ -213,6 +213,9 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
         if wide <= 128:
             whole = p.head_dim_qk in (16, 32, 64, 128) and p.head_dim_vo in (16, 32, 64, 128)
             block_n = 64 if whole else 32  # padded dims cost registers
+            plain = "plain" in (p.k_format, p.v_format) or p.window_left >= 0 or p.window_right >= 0
+            if whole and not plain and not p.logits_soft_cap and sm >= (9, 0):  # variants' registers would spill
+                return _narrow_row(p, w.batch_size * p.num_kv_heads <= 2 * sms)
             if w.batch_size * p.num_kv_heads <= 2 * sms:
                 # few tiles: two KV blocks in flight keep one CTA an SM at 84 % of the copy rate (H100, 16 x 4k tokens),
                 # where twice the CTAs, each with one block in flight, lose 4 % to the merge
@@ -231,6 +234,19 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
     if rows <= 64:
         return Config("portable", 64, 64, group, ctas_per_sm=2)
     return Config("portable", 128, 64, group, num_warps=8, split_cost=4.0)  # enough rows to be bound by arithmetic
+
+
+def _narrow_row(p: Problem, few_tiles: bool) -> Config:
+    """Decode over caches of 8 and 4 bits: a step of 64 tokens is few bytes, so steps are longer (H100, 32/8 heads,
+    page 16, in us; benchmarks/results/h100_decode_narrow.jsonl)."""
+    row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0, overlap=True)
+    if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
+        return row
+    if p.k_format == p.v_format == "int4":  # 64 x 4k tokens: 132; 64 tokens a step 182
+        return replace(row, num_stages=3, ctas_per_sm=4)
+    # fp8 191, 128 tokens a step 222; int8 222, 256 tokens and two CTAs 205, but scales in groups would spill there
+    fp8 = "int8" not in (p.k_format, p.v_format) and "int4" not in (p.k_format, p.v_format)
+    return replace(row, block_n=64, num_stages=3, ctas_per_sm=4, max_registers=128 if fp8 else None)
 
 
 @dataclass(frozen=True)
