@@ -39,5 +39,5 @@ _FAMILIES = {
 
 @cache
 def attention_family(family: str) -> Any:
-    """The attention launchers of a kernel family: "cpu", "portable", "hopper"; or "rotated", which leads to another."""
+    """The attention launchers of a kernel family: "cpu", "portable" or "hopper"; "rotated": what comes before one."""
     return import_module(_FAMILIES[family])

@@ -1,4 +1,4 @@
-"""Attention over q and K that are rotated first: copies in the workspace, for families that do not rotate in passing.
+"""Rotation before attention: copies of q and K in the workspace, for families that do not rotate in passing.
 
 Each row of q and each row of K is turned once, where a prefill's tiles would turn every key once per tile. Paged K and
 V become ragged on the way.
@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from flashtile.backend import attention_family
-from flashtile.checks import not_implemented
 from flashtile.config import Config
 from flashtile.kernels import kv
 from flashtile.kernels.rotation import cos_sin_for, load_frequencies, turn
@@ -21,7 +19,6 @@ from flashtile.plan.encoding import Rope
 from flashtile.plan.moves import MOVE_STRIDE, MOVE_TOKENS, moved
 from flashtile.plan.plan import Lengths, Plan, make_plan
 from flashtile.plan.problem import Problem
-from flashtile.plan.scales import Scales
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recorded
 
@@ -70,31 +67,20 @@ def move(plan: Plan, out: torch.Tensor, x: torch.Tensor, moves: torch.Tensor, ro
     )  # fmt: skip
 
 
-def run(
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    workspace: torch.Tensor,
-    sm_scale: float,
-    sinks: torch.Tensor | None,
-    scales: Scales | None = None,
-) -> None:
-    """Rotate, then launch the family of the plan's configuration: arguments as of the portable family's `run`."""
-    p, moves, inner = plan.problem, plan.moves, plan.inner
+def rotate(
+    plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workspace: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, K and V as plan.inner reads them, and what is left of the workspace for it. Arguments as of the portable
+    family's `run`."""
+    p, moves = plan.problem, plan.moves
     assert moves is not None, "a plan with rotate_first"
-    assert inner is not None, "likewise"
-    if scales is not None:
-        raise not_implemented("k_scale, v_scale", "tensors where q and K are rotated first; pass floats")
     turned_q, turned_k, gathered_v, rest = moved(p, plan.work, workspace)
     move(plan, turned_q, q, moves.q, True, False)
     move(plan, turned_k, k, moves.kv, True, p.paged)
     if p.paged:
         move(plan, gathered_v, v, moves.kv, False, True)
         v = gathered_v
-    attention_family(inner.config.family).run(inner, turned_q, turned_k, v, out, lse, rest, sm_scale, sinks)
+    return turned_q, turned_k, v, rest
 
 
 def compile_cases() -> Iterator[CompileCase]:
