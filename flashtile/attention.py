@@ -219,17 +219,22 @@ def launch(
         sinks = sinks.float().contiguous()
     lse = check_out("lse", lse, (plan.work.nnz_qo, p.num_qo_heads), torch.float32, plan.device)
     dense_lse = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format)
-    arguments = (plan, q, k, v, out, dense_lse, workspace, sm_scale, sinks)
-    family = attention_family("rotated" if plan.inner is not None else plan.config.family)
-    if scales is None:
-        family.run(*arguments)
-    elif plan.config.family == "hopper":
+    if scales is not None and (plan.config.family == "hopper" or plan.inner is not None):
         if scales.k is not None or scales.v is not None:
             raise not_implemented("k_scale, v_scale", "tensors with the Hopper family; pass floats or backend='fa2'")
-        family.run(*arguments)
-        out.mul_(scales.out)
+        out_scale, scales = scales.out, None
     else:
-        family.run(*arguments, scales=scales)
+        out_scale = 1.0
+    if plan.inner is not None:
+        q, k, v, workspace = attention_family("copied").copy(plan, q, k, v, workspace)
+        plan = plan.inner
+    arguments = (plan, q, k, v, out, dense_lse, workspace, sm_scale, sinks)
+    if scales is None:
+        attention_family(plan.config.family).run(*arguments)
+    else:
+        attention_family(plan.config.family).run(*arguments, scales=scales)
+    if out_scale != 1.0:
+        out.mul_(out_scale)
     if dense_lse is not lse:
         lse.copy_(dense_lse)
     return out, lse
@@ -276,8 +281,9 @@ class PlannedOp:
     def workspace_size(self) -> int:
         """Bytes of float workspace that the current plan needs. RuntimeError before plan().
 
-        The number of CTAs of the device bounds them, but for ROPE_LLAMA in prefill on Hopper: there rotated copies of q
-        and of the batch's KV are counted too, unless with backend="auto" the workspace given has no room for them.
+        The number of CTAs of the device bounds them, but for two kinds of prefill on Hopper: with ROPE_LLAMA, and over
+        pages of fewer than 8 tokens. There copies of the batch's KV (and of rotated q) are counted too, unless the
+        workspace given has no room for them and another way needs none.
         """
         return self._planned().workspace_size()
 

@@ -33,11 +33,11 @@ _FAMILIES = {
     "cpu": "flashtile.kernels.cpu.attention",
     "portable": "flashtile.kernels.attention",
     "hopper": "flashtile.kernels.hopper.attention",
-    "rotated": "flashtile.kernels.rotated",
+    "copied": "flashtile.kernels.copied",
 }
 
 
 @cache
 def attention_family(family: str) -> Any:
-    """The attention launchers of a kernel family: "cpu", "portable", "hopper"; or "rotated", which leads to another."""
+    """The attention launchers of a kernel family: "cpu", "portable" or "hopper"; "copied": what comes before one."""
     return import_module(_FAMILIES[family])

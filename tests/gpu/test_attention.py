@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashtile.config import Config, capability, portable
-from flashtile.kernels.rotated import move
+from flashtile.kernels.copied import move
 from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem, Workload

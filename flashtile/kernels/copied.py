@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from flashtile.backend import attention_family
-from flashtile.checks import not_implemented
 from flashtile.config import Config
 from flashtile.kernels import kv
 from flashtile.kernels.rotation import cos_sin_for, load_frequencies, turn
@@ -21,7 +19,6 @@ from flashtile.plan.encoding import Rope
 from flashtile.plan.moves import MOVE_STRIDE, MOVE_TOKENS, moved
 from flashtile.plan.plan import Lengths, Plan, make_plan
 from flashtile.plan.problem import Problem
-from flashtile.plan.scales import Scales
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recorded
 
@@ -70,24 +67,13 @@ def move(plan: Plan, out: torch.Tensor, x: torch.Tensor, moves: torch.Tensor, ro
     )  # fmt: skip
 
 
-def run(
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    workspace: torch.Tensor,
-    sm_scale: float,
-    sinks: torch.Tensor | None,
-    scales: Scales | None = None,
-) -> None:
-    """Copy, then launch the family of the plan's configuration: arguments as of the portable family's `run`."""
-    p, moves, inner = plan.problem, plan.moves, plan.inner
+def copy(
+    plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workspace: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, K and V as plan.inner reads them, and what is left of the workspace for it. Arguments as of the portable
+    family's `run`."""
+    p, moves = plan.problem, plan.moves
     assert moves is not None, "a plan with copy_first"
-    assert inner is not None, "likewise"
-    if scales is not None:
-        raise not_implemented("k_scale, v_scale", "tensors where K and V are copied first; pass floats")
     turned_q, turned_k, gathered_v, rest = moved(p, plan.work, workspace)
     rotate = p.rope is not None
     if rotate:
@@ -97,7 +83,7 @@ def run(
     if p.paged:
         move(plan, gathered_v, v, moves.kv, False, True)
         v = gathered_v
-    attention_family(inner.config.family).run(inner, q, turned_k, v, out, lse, rest, sm_scale, sinks)
+    return q, turned_k, v, rest
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -117,4 +103,4 @@ def compile_cases() -> Iterator[CompileCase]:
         x = torch.empty((4, page_size, 8, dim) if page_size else (40, 8, dim), dtype=dtype, device="meta")
         out = torch.empty(40, 8, dim, dtype=dtype, device="meta")
         launch = partial(move, plan, out, x, plan.moves.kv, rotate, page_size > 0)
-        yield recorded(f"rotated.{name}", move_kernel, launch)
+        yield recorded(f"copied.{name}", move_kernel, launch)
