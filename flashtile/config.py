@@ -20,7 +20,7 @@ class Config:
     ctas_per_sm: CTAs that share an SM. item_cost, split_cost: see Tiling. heads_per_item: head groups of a list entry
         (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
-    unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
+        unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
     ways: 1, or num_warps: each warp attends to its own keys of a step (needs a block_m of 16). heads: KV heads of a
         CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
@@ -52,6 +52,13 @@ class Config:
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
     copy_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
+            raise ValueError(
+                f"ways, heads: expected 1 way or one per warp ({self.num_warps}), and heads that share the ways evenly, "
+                f"got ways={self.ways}, heads={self.heads}"
+            )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration."""

@@ -2,8 +2,7 @@
 
 Where a row lives. A *source* of K or V is (descriptor, pointer, page, token, head). By TMA, tensors are seen as
 matrices [rows, columns] whose row is one token step: page and head are then in rows, and token is the column step of a
-head. The
-gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes).
+head. The gather works on pointers: page, token and head are strides in units of 8 elements (16 bytes).
 """
 
 from flashtile.kernels.hopper import tiles
