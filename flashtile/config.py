@@ -56,7 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
             raise ValueError(
-                f"ways, heads: expected 1 way or one per warp ({self.num_warps}), and heads that share the ways evenly, "
+                f"ways, heads: expected 1 way or one per warp ({self.num_warps}), shared evenly by heads, "
                 f"got ways={self.ways}, heads={self.heads}"
             )
 
