@@ -219,12 +219,12 @@ def launch(
         sinks = sinks.float().contiguous()
     lse = check_out("lse", lse, (plan.work.nnz_qo, p.num_qo_heads), torch.float32, plan.device)
     dense_lse = lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format)
+    out_scale = 1.0
     if scales is not None and (plan.config.family == "hopper" or plan.inner is not None):
-        if scales.k is not None or scales.v is not None:
-            raise not_implemented("k_scale, v_scale", "tensors with the Hopper family; pass floats or backend='fa2'")
-        out_scale, scales = scales.out, None
-    else:
-        out_scale = 1.0
+        if scales.k is not None or scales.v is not None:  # tensors: the Hopper kernels take numbers only
+            plan = attention_family("hopper").portable_plan(plan)
+        else:
+            out_scale, scales = scales.out, None
     if plan.inner is not None:
         q, k, v, workspace = attention_family("copied").copy(plan, q, k, v, workspace)
         plan = plan.inner

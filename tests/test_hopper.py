@@ -2,14 +2,24 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from flashtile import config
 from flashtile.config import HOPPER_DIMS, box_rows, hopper, hopper_refusal
-from flashtile.kernels.hopper.attention import SHARED_BYTES, SMALL_BYTES, Matrix, as_matrix, fit, shared_bytes
+from flashtile.kernels.hopper.attention import (
+    SHARED_BYTES,
+    SMALL_BYTES,
+    Matrix,
+    as_matrix,
+    fit,
+    portable_plan,
+    shared_bytes,
+)
 from flashtile.kernels.hopper.spec import Spec
 from flashtile.plan.encoding import Rope
+from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem, Workload
 
 VIEWS = {
@@ -106,3 +116,15 @@ def test_rope_is_served_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen(replace(rope, rope=None), 1024) == ("hopper", False)
     with pytest.raises(NotImplementedError, match="ALIBI"):
         chosen(alibi, 1024, "fa3")
+
+
+def test_tensors_as_scales_are_left_to_the_portable_family() -> None:
+    half, device = torch.bfloat16, torch.device("cpu")
+    lengths = Lengths(np.array([0, 300]), np.array([0]), np.array([700]))
+    problem = Problem(8, 2, 128, 128, half, half, half, page_size=1, window_right=0)
+    for copy_first in (False, True):
+        served = replace(problem, page_size=0) if copy_first else problem
+        c = replace(hopper(served, lengths.workload()), copy_first=copy_first)
+        plan = make_plan(problem, c, lengths, torch.zeros(700, dtype=torch.int32), device)
+        other = portable_plan(plan)
+        assert (other.config.family, other.problem, other.workspace_size()) == ("portable", problem, 0)

@@ -180,6 +180,18 @@ def test_same_bits_100_times(name: str) -> None:
         assert torch.equal(first[1], again[1])
 
 
+@pytest.mark.parametrize("case", [_PAGED, _RAGGED, replace(_PAGED, page_size=1)], ids=str)
+def test_scales_in_tensors(case: AttentionCase) -> None:
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
+    x.scales = {"k_scale": 0.5, "v_scale": 2.0}
+    numbers = run_case(x, wrapper)
+    x.scales = {name: torch.tensor(value, device="cuda") for name, value in x.scales.items()}
+    tensors = run_case(x, wrapper)
+    torch.testing.assert_close(tensors[0], numbers[0], atol=4e-2, rtol=2e-2)
+    torch.testing.assert_close(tensors[1], numbers[1], atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("sm_scale", [0.0, -0.2])
 def test_scale_that_the_kernel_does_not_take(sm_scale: float) -> None:
     check(replace(_RAGGED, sm_scale=sm_scale), torch.bfloat16)

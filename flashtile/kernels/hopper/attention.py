@@ -282,6 +282,11 @@ def setup_of(plan: Plan) -> Setup:
     return found
 
 
+def portable_plan(plan: Plan) -> Plan:
+    """The batch of a plan for the portable family; it needs no workspace."""
+    return setup_of(plan).portable_plan()
+
+
 def run(
     plan: Plan,
     q: torch.Tensor,
