@@ -1,9 +1,8 @@
-"""Keys that four bits hold well: centred, balanced and rotated, with queries to match, so that attention is the same.
+"""Keys that four bits hold well: balanced and rotated, with queries to match, so that attention stays the same.
 
-Attention does not change if one vector is subtracted from all keys of a head, because the logits of a query all move by
-the same amount, nor if keys are multiplied by a matrix and queries by its inverse, transposed. This is of use because a
-few channels of the keys are large, and nearly the same in every token: a scale for 32 channels is as coarse as these
-few need. What it brings is in benchmarks/results/perplexity_kv_dtype.md.
+Attention does not change if the keys of a head are multiplied by a matrix and its queries by the inverse, transposed.
+This is of use because a few channels of the keys are large, in all tokens alike: a scale for 32 channels is as coarse
+as these few need. What it brings is in benchmarks/results/perplexity_kv_dtype.md.
 """
 
 from dataclasses import dataclass
@@ -16,46 +15,57 @@ from torch import Tensor
 class KeyTransform:
     """One layer's; fp32, on the device. For each head, key_matrix @ query_matrix.T is the identity."""
 
-    offset: Tensor  # [num_kv_heads, head_dim]
     key_matrix: Tensor  # [num_kv_heads, head_dim, head_dim]
     query_matrix: Tensor  # likewise
 
     @staticmethod
-    def fit(keys: Tensor, queries: Tensor) -> "KeyTransform":
+    def fit(keys: Tensor, queries: Tensor, groups: int) -> "KeyTransform":
         """From a sample of keys [n, num_kv_heads, head_dim] and queries [n, num_qo_heads, head_dim].
 
-        Rotated keys are rounded with an error alike in all channels and proportional to the keys' size, and the logits
-        multiply it by the queries: their error grows with (sum of k_d^2) (sum of q_d^2) over channels d. Dividing k_d,
-        and multiplying q_d, by the square root of their ratio would make this product least (Cauchy-Schwarz); the
-        fourth root serves better, as the sizes are those of a sample.
+        First, channels are balanced. Rotated keys are rounded with an error alike in all channels and proportional to
+        the keys' size, and the logits multiply it by the queries: their error grows with (sum of k_d^2) (sum of q_d^2)
+        over channels d. Dividing k_d, and multiplying q_d, by the square root of their ratio would make this product
+        least (Cauchy-Schwarz); the fourth root serves better, as the sizes are those of a sample.
+
+        Then, keys are rotated: their strongest directions, one for each of the `groups` of channels that share a scale
+        and a zero point, become constant in a group, which is what a zero point holds without any rounding. What is
+        left is spread over all channels.
         """
-        keys, queries = keys.float(), _by_kv_head(queries, keys.shape[1])
-        size_k = keys.std(0)  # [num_kv_heads, head_dim]
-        size_q = queries.square().mean((0, 2)).sqrt()
+        x, y = keys.double().cpu(), by_kv_head(queries, keys.shape[1]).double().cpu()
+        size_k, size_q = x.std(0), y.square().mean((0, 2)).sqrt()  # [num_kv_heads, head_dim]
         size_k, size_q = (s + 1e-3 * s.mean() + 1e-20 for s in (size_k, size_q))  # no channel is blown up from zero
-        factor = (size_q / size_k).pow(0.25)[..., None]
-        rotation = _rotation(keys.shape[-1]).to(keys.device)
-        return KeyTransform(keys.mean(0), factor * rotation, rotation / factor)
+        factor = (size_q / size_k).pow(0.25)
+        x = (x * factor).transpose(0, 1)  # [num_kv_heads, n, head_dim]
+        _, directions = torch.linalg.eigh(x.mT @ x)  # the strongest last
+        rotation = rotate_to_groups(directions[..., -groups:])
+        matrices = factor[..., None] * rotation, rotation / factor[..., None]
+        return KeyTransform(*(m.float().to(keys.device) for m in matrices))
 
     def keys(self, k: Tensor) -> Tensor:
         """[n, num_kv_heads, head_dim], fp32."""
-        return torch.einsum("nhd,hde->nhe", k.float() - self.offset, self.key_matrix)
+        return torch.einsum("nhd,hde->nhe", k.float(), self.key_matrix)
 
     def queries(self, q: Tensor) -> Tensor:
         """[n, num_qo_heads, head_dim], in their dtype."""
-        grouped = _by_kv_head(q, self.offset.shape[0])
+        grouped = by_kv_head(q, self.query_matrix.shape[0]).float()
         return torch.einsum("nhgd,hde->nhge", grouped, self.query_matrix).reshape(q.shape).to(q.dtype)
 
 
-def _by_kv_head(queries: Tensor, num_kv_heads: int) -> Tensor:
-    """[n, num_qo_heads, head_dim] -> [n, num_kv_heads, group_size, head_dim], fp32."""
+def by_kv_head(queries: Tensor, num_kv_heads: int) -> Tensor:
+    """[n, num_qo_heads, head_dim] -> [n, num_kv_heads, group_size, head_dim]."""
     n, num_qo_heads, head_dim = queries.shape
-    return queries.float().reshape(n, num_kv_heads, num_qo_heads // num_kv_heads, head_dim)
+    return queries.reshape(n, num_kv_heads, num_qo_heads // num_kv_heads, head_dim)
 
 
-def _rotation(n: int) -> Tensor:
-    """A fixed orthogonal matrix [n, n] that spreads every channel over all of them."""
-    rotation: Tensor
-    generator = torch.Generator().manual_seed(0)
-    rotation, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return rotation.float()
+def rotate_to_groups(directions: Tensor) -> Tensor:
+    """Orthogonal matrices [heads, dim, dim] for rows: orthonormal directions [heads, dim, groups] become vectors that
+    are constant in a group of channels and 0 in others; what is orthogonal to them is mixed, at random but fixed."""
+    heads, dim, groups = directions.shape
+    constant = torch.eye(groups, dtype=directions.dtype).repeat_interleave(dim // groups, 0)
+    rest = torch.randn(dim, dim - groups, generator=torch.Generator().manual_seed(0), dtype=directions.dtype)
+    source, target = (
+        torch.linalg.qr(torch.cat([first.expand(heads, -1, -1), rest.expand(heads, -1, -1)], -1))[0]
+        for first in (directions, constant)
+    )
+    rotation: Tensor = source @ target.mT
+    return rotation

@@ -100,8 +100,8 @@ class KVCache:
         self.query_dtype = self.dtype if self.dtype.itemsize > 1 else model_dtype
         self.name = str(model_dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
         self._group = INT4_GROUP if head_dim % INT4_GROUP == 0 else None
-        groups = head_dim // (self._group or head_dim)
-        num_factors = {torch.int8: 1, torch.uint8: 2 * groups}.get(self.dtype, 0)
+        self._num_groups = head_dim // (self._group or head_dim)
+        num_factors = {torch.int8: 1, torch.uint8: 2 * self._num_groups}.get(self.dtype, 0)
         rows = (num_layers, num_pages, 2, page_size, num_kv_heads)
         width = head_dim // 2 if self.dtype == torch.uint8 else head_dim
         self.data = torch.empty(*rows, width, dtype=self.dtype, device=device)
@@ -130,7 +130,7 @@ class KVCache:
         """
         if self.key_transforms is not None:
             if layer == len(self.key_transforms):
-                self.key_transforms.append(KeyTransform.fit(k, q))
+                self.key_transforms.append(KeyTransform.fit(k, q, self._num_groups))
             transform = self.key_transforms[layer]
             q, k = transform.queries(q), transform.keys(k)
         if self.dtype.itemsize > 1:  # not quantised

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.set_defaults(kv_dtype="all")
     parser.add_argument("--text", metavar="FILE", help="what to read; None: the topics of Python's help()")
-    parser.add_argument("--tokens", type=cli.positive, default=4096, help="of the text, at most")
+    parser.add_argument("--tokens", type=cli.positive, default=8192, help="of the text, at most")
     parser.add_argument("--window", type=cli.positive, default=1024, help="tokens read in one context")
     args = parser.parse_args(argv)
     if args.window < 2:
