@@ -676,11 +676,12 @@ def reads_raw(scale: Factor | None, zero: Factor | None) -> bool:
 
 
 def group_width(scale: Factor | None, head_dim: int, parts: int, block: int) -> int:
-    """Words of a row that share a scale (if all do: the block); 0 unless scales come in groups."""
+    """Words of a row that share a scale (if all do: the block, or both halves of a row that is turned); 0 unless scales
+    come in groups."""
     if scale is None or scale.form != "group":
         return 0
     groups = scale.values.shape[-1]
-    return block if groups == 1 else head_dim // groups // parts
+    return max(block, triton.next_power_of_2(head_dim // parts)) if groups == 1 else head_dim // groups // parts
 
 
 def key_width(p: Problem) -> int:
