@@ -70,13 +70,13 @@ def in_one_tile(case: AttentionCase) -> bool:
     return max(case.query_lens) * case.heads[0] // case.heads[1] <= 16
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("case", [c for c in CASES if in_one_tile(c)], ids=str)
+WAYS = [(case, heads) for case in CASES if in_one_tile(case) for heads in (1, 2) if case.heads[1] % heads == 0]
+
+
+@pytest.mark.parametrize(("case", "heads"), WAYS, ids=[f"{case}-{heads}" for case, heads in WAYS])
 def test_portable_ways(case: AttentionCase, heads: int) -> None:
     """Warps with keys, and heads, of their own."""
-    if case.heads[1] % heads:
-        pytest.skip("one KV head alone")
-    check(case, torch.float16, 64, ways=4, heads=heads)
+    check(case, torch.float16, 64, num_warps=4, ways=4, heads=heads)
 
 
 INTEGERS = [c for c in CASES if {"int8", "int4"} & {c.k_cache, c.v_cache}]
@@ -86,4 +86,5 @@ INTEGERS = [c for c in CASES if {"int8", "int4"} & {c.k_cache, c.v_cache}]
 @pytest.mark.parametrize("case", [c for c in INTEGERS if in_one_tile(c)], ids=str)
 def test_portable_raw(case: AttentionCase, ways: int) -> None:
     """int8 and int4 multiplied as they are."""
-    check(case, torch.float16, 64, ways=ways, heads=2 if ways > 1 and case.heads[1] % 2 == 0 else 1, raw=True)
+    heads = 2 if ways > 1 and case.heads[1] % 2 == 0 else 1
+    check(case, torch.float16, 64, num_warps=4, ways=ways, heads=heads, raw=True)
