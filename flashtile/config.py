@@ -59,9 +59,19 @@ class Config:
                 f"ways, heads: expected 1 way or one per warp ({self.num_warps}), shared evenly by heads, "
                 f"got ways={self.ways}, heads={self.heads}"
             )
+        if self.family == "hopper" and self.block_m not in (64, 128):
+            raise ValueError(
+                f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
+                "more registers than there are"
+            )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
-        """The scheduler's view of this configuration."""
+        """The scheduler's view of this configuration. ValueError if CTAs of several KV heads do not fit the problem."""
+        if self.heads > 1 and (self.pack != problem.group_size or problem.num_kv_heads % self.heads):
+            raise ValueError(
+                f"heads: expected a divisor of num_kv_heads={problem.num_kv_heads}, and a pack of all "
+                f"{problem.group_size} heads of a group, got heads={self.heads}, pack={self.pack}"
+            )
         groups = problem.num_qo_heads // self.pack // self.heads
         return Tiling(
             block_m=self.block_m,
@@ -110,8 +120,9 @@ def choose(
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
     rows = work.max_qo_len * problem.group_size
-    # Copying first moves each key and value four times: as long as 400 query rows take. It pays for itself where a
-    # rotation would else be repeated for every tile, or KV be gathered by rows, which costs a sixth (H100)
+    # Copying first moves each key and value four times: as long as 400 query rows take, by an estimate not yet timed.
+    # It pays where a rotation would else be repeated for every tile, or KV be gathered by rows, which costs a sixth
+    # (H100, benchmarks/results/h100_prefill.md)
     copy = problem.rope is not None or (box_rows(problem.page_size, 128) == 0 and rows > 4096 and may_copy)
     served = replace(problem, rope=None, page_size=0) if copy else problem  # what the Hopper family would see
     refusal = hopper_refusal(served, capability(device))
@@ -220,8 +231,9 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
         if wide <= 128:
             whole = p.head_dim_qk in (16, 32, 64, 128) and p.head_dim_vo in (16, 32, 64, 128)
             block_n = 64 if whole else 32  # padded dims cost registers
-            plain = "plain" in (p.k_format, p.v_format) or p.window_left >= 0 or p.window_right >= 0
-            if whole and not plain and not p.logits_soft_cap and sm >= (9, 0):  # variants' registers would spill
+            narrow = "plain" not in (p.k_format, p.v_format)
+            variant = p.window_left >= 0 or p.window_right >= 0 or p.logits_soft_cap > 0  # its registers would spill
+            if whole and narrow and not variant and sm >= (9, 0):
                 return _narrow_row(p, w.batch_size * p.num_kv_heads <= 2 * sms)
             if w.batch_size * p.num_kv_heads <= 2 * sms:
                 # few tiles: two KV blocks in flight keep one CTA an SM at 84 % of the copy rate (H100, 16 x 4k tokens),

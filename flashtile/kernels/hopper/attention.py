@@ -124,7 +124,7 @@ def attention_kernel(
             [loader_warps(C), loader_warps(C)],
             [registers(C)[2], registers(C)[2]],
         )
-    elif C.consumers == 2:
+    else:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
@@ -134,18 +134,6 @@ def attention_kernel(
             ],
             [4, loader_warps(C), loader_warps(C)],
             [registers(C)[1], registers(C)[2], registers(C)[2]],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consumer, (0, smem, bars, outputs, scales, window, C)),
-                (consumer, (1, smem, bars, outputs, scales, window, C)),
-                (consumer, (2, smem, bars, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, table, C)),
-                (v_loader, (smem, bars, v, work, table, C)),
-            ],
-            [4, 4, loader_warps(C), loader_warps(C)],
-            [registers(C)[1], registers(C)[1], registers(C)[2], registers(C)[2]],
         )
 
 

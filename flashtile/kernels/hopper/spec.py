@@ -92,8 +92,6 @@ def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
         return 168, 232, 104
-    if spec.consumers == 3:
-        return 128, 160, 32
     if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
         return 168, 224, 56
     return 168, 232, 40  # 240 and 24 spill in the loaders of causal tiles that are not aligned
