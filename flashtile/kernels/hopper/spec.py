@@ -4,10 +4,12 @@ barriers.
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
   qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 warps that gather 16 bytes per thread
+  q_rotator              2 warps, with a rope: they share the loaders' warp group, which they fill
 Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
 
 Barriers (mbarriers unless said otherwise):
-  q_full[slot]             qk_loader (bytes landed)          -> consumers
+  q_full[slot]             qk_loader (bytes landed)          -> consumers, or q_rotator
+  q_turned[slot]           q_rotator, with a rope            -> consumers
   q_empty[slot]            one arrival per consumer           -> qk_loader, after the last S of the tile
   k_full, v_full[stage]    loaders (bytes landed)            -> consumers
   tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears it
@@ -25,8 +27,9 @@ from flashtile.kernels.hopper.compat import gl, gluon
 ROWS = gl.constexpr(64)  # query rows of a consumer: one wgmma
 RING = gl.constexpr(4)  # tiles in the hand-over ring
 WARP = gl.constexpr(32)
-# Named barriers 0..4 belong to Triton's partitions, 16 and up do not exist
-TURN = gl.constexpr(5)
+ROTATOR_WARPS = gl.constexpr(2)
+# Named barriers 0..5 belong to Triton's partitions, 16 and up do not exist
+TURN = gl.constexpr(6)
 K_EMPTY = gl.constexpr(8)
 V_EMPTY = gl.constexpr(12)
 
@@ -40,6 +43,7 @@ class Spec:
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
+    rope: rows of Q are turned in shared memory; keys have been turned before.
     """
 
     d_qk: int
@@ -60,6 +64,7 @@ class Spec:
     soft_cap: bool = False
     sinks: bool = False
     split: bool = False
+    rope: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
@@ -92,9 +97,36 @@ def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
         return 168, 232, 104
-    if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
+    if spec.gather or spec.packed or spec.rope:  # the loaders' copies of single rows need registers
         return 168, 224, 56
     return 168, 232, 40  # 240 and 24 spill in the loaders of causal tiles that are not aligned
+
+
+@gluon.constexpr_function
+def role_warps(spec):
+    """Warps of the roles beside consumer 0, in the order of the kernel."""
+    loader = loader_warps(spec)
+    return [4] * (spec.consumers - 1) + [loader, loader] + [2] * spec.rope
+
+
+@gluon.constexpr_function
+def role_registers(spec):
+    """Registers per thread of these roles."""
+    launch, consumer, loader = registers(spec)
+    return [consumer] * (spec.consumers - 1) + [loader] * (2 + spec.rope)
+
+
+@gluon.constexpr_function
+def turned_columns(dim):
+    """Columns of a row of Q that are turned together with as many half a head dim further: a panel or half of one, so
+    that each half is within one panel."""
+    return panel(dim) if dim // 2 % panel(dim) == 0 else panel(dim) // 2
+
+
+@gluon.constexpr_function
+def turned_rows(dim):
+    """Rows that are turned at once: 16 bytes for each half and thread."""
+    return ROTATOR_WARPS.value * 32 * 8 // turned_columns(dim)
 
 
 @gluon.constexpr_function
