@@ -105,7 +105,7 @@ def attention_kernel(
 
     q_ready = q_full
     if C.rope:
-        q_ready = barriers(C.q_slots, 1)
+        q_ready = barriers(C.q_slots, C.consumers)
 
     smem = (q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch)
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
@@ -138,7 +138,7 @@ def attention_kernel(
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
-                (q_rotator, (smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
+                (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
             ],
             role_warps(C),
             role_registers(C),
@@ -161,7 +161,8 @@ def attention_kernel(
                 (consumer, (1, smem, ready, outputs, scales, window, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
-                (q_rotator, (smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
+                (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
+                (q_rotator, (1, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
             ],
             role_warps(C),
             role_registers(C),

@@ -4,12 +4,12 @@ barriers.
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
   qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 warps that gather 16 bytes per thread
-  q_rotator              2 warps, with a rope: they share the loaders' warp group, which they fill
+  q_rotator w            1 warp for the rows of consumer w, with a rope: the loaders leave it idle in their warp group
 Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
 
 Barriers (mbarriers unless said otherwise):
-  q_full[slot]             qk_loader (bytes landed)          -> consumers, or q_rotator
-  q_turned[slot]           q_rotator, with a rope            -> consumers
+  q_full[slot]             qk_loader (bytes landed)          -> consumers, or q_rotators
+  q_turned[slot]           one arrival per q_rotator          -> consumers
   q_empty[slot]            one arrival per consumer           -> qk_loader, after the last S of the tile
   k_full, v_full[stage]    loaders (bytes landed)            -> consumers
   tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears it
@@ -27,9 +27,8 @@ from flashtile.kernels.hopper.compat import gl, gluon
 ROWS = gl.constexpr(64)  # query rows of a consumer: one wgmma
 RING = gl.constexpr(4)  # tiles in the hand-over ring
 WARP = gl.constexpr(32)
-ROTATOR_WARPS = gl.constexpr(2)
-# Named barriers 0..5 belong to Triton's partitions, 16 and up do not exist
-TURN = gl.constexpr(6)
+# Named barriers 0..4 belong to Triton's partitions, 16 and up do not exist
+TURN = gl.constexpr(5)
 K_EMPTY = gl.constexpr(8)
 V_EMPTY = gl.constexpr(12)
 
@@ -106,14 +105,14 @@ def registers(spec):
 def role_warps(spec):
     """Warps of the roles beside consumer 0, in the order of the kernel."""
     loader = loader_warps(spec)
-    return [4] * (spec.consumers - 1) + [loader, loader] + [2] * spec.rope
+    return [4] * (spec.consumers - 1) + [loader, loader] + [1] * (spec.consumers if spec.rope else 0)
 
 
 @gluon.constexpr_function
 def role_registers(spec):
     """Registers per thread of these roles."""
     launch, consumer, loader = registers(spec)
-    return [consumer] * (spec.consumers - 1) + [loader] * (2 + spec.rope)
+    return [consumer] * (spec.consumers - 1) + [loader] * (2 + (spec.consumers if spec.rope else 0))
 
 
 @gluon.constexpr_function
@@ -125,8 +124,8 @@ def turned_columns(dim):
 
 @gluon.constexpr_function
 def turned_rows(dim):
-    """Rows that are turned at once: 16 bytes for each half and thread."""
-    return ROTATOR_WARPS.value * 32 * 8 // turned_columns(dim)
+    """Rows that are turned at once: 32 bytes for each half and thread."""
+    return 512 // turned_columns(dim)
 
 
 @gluon.constexpr_function
