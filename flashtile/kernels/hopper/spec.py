@@ -96,7 +96,9 @@ def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
         return 168, 232, 104
-    if spec.gather or spec.packed or spec.rope:  # the loaders' copies of single rows need registers
+    if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
+        return 168, 224, 56
+    if spec.rope and spec.d_vo < 256:  # so do the rotators, to turn several pairs at a time
         return 168, 224, 56
     return 168, 232, 40  # 240 and 24 spill in the loaders of causal tiles that are not aligned
 
@@ -118,14 +120,14 @@ def role_registers(spec):
 @gluon.constexpr_function
 def turned_columns(dim):
     """Columns of a row of Q that are turned together with as many half a head dim further: a panel or half of one, so
-    that each half is within one panel."""
-    return panel(dim) if dim // 2 % panel(dim) == 0 else panel(dim) // 2
+    that each half is within one panel; half of one also where registers are few."""
+    return panel(dim) // 2 if dim // 2 % panel(dim) or dim == 256 else panel(dim)
 
 
 @gluon.constexpr_function
 def turned_rows(dim):
-    """Rows that are turned at once: 32 bytes for each half and thread."""
-    return 512 // turned_columns(dim)
+    """Rows that are turned at once: 32 bytes for each half and thread, or 16."""
+    return (256 if dim == 256 else 512) // turned_columns(dim)
 
 
 @gluon.constexpr_function
