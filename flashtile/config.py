@@ -27,7 +27,7 @@ class Config:
         choice.
     section_tiles: see Tiling.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
-        the workspace; attention runs over the result.
+        the workspace; attention runs over the result. turn_q: but q is rotated by the Hopper family, in shared memory.
     """
 
     family: str
@@ -52,6 +52,7 @@ class Config:
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
     copy_first: bool = False
+    turn_q: bool = False
 
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
@@ -64,6 +65,9 @@ class Config:
                 f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
                 "more registers than there are"
             )
+
+        if self.turn_q and self.family != "hopper":
+            raise ValueError(f"turn_q: only the Hopper family rotates q apart from the keys, got family={self.family!r}")
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration. ValueError if CTAs of several KV heads do not fit the problem."""
@@ -134,7 +138,7 @@ def choose(
     if problem.rope is not None:
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
-        return replace(hopper(served, work), copy_first=copy)
+        return replace(hopper(served, work), copy_first=copy, turn_q=problem.rope is not None)
     return portable(problem, work, capability(device), num_sms(device))
 
 

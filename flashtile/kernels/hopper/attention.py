@@ -270,7 +270,8 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0,
         right=p.window_right >= 0, aligned=aligned,
-        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=p.rope is not None,
+        follows=plan.copied and c.overlap,
     )  # fmt: skip
 
 
@@ -305,6 +306,12 @@ def setup_of(plan: Plan) -> Setup:
 def portable_plan(plan: Plan) -> Plan:
     """The batch of a plan for the portable family; it needs no workspace."""
     return setup_of(plan).portable_plan()
+
+
+def turns(plan: Plan, q: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> bool:
+    """Whether the kernel itself can serve such a call of a plan with `turn_q`, for which nothing else turns q alone."""
+    v_served = plan.problem.paged or as_matrix(v) is not None  # paged V is copied
+    return sm_scale > 0 and copyable(q) and copyable(out) and v_served
 
 
 def run(
@@ -356,7 +363,7 @@ def run(
         p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
         inverse(c.pack), p.page_size, c.block_n // spec.box if spec.box else 0,
         p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
-        num_warps=4, maxnreg=registers(spec)[0],
+        num_warps=4, maxnreg=registers(spec)[0], launch_pdl=spec.follows,
     )  # fmt: skip
     if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
@@ -406,7 +413,9 @@ def compile_cases() -> Iterator[CompileCase]:
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
     }
     for name in ("causal", "window.cap.sinks", "packed.split", "dim64", "dim96", "dim192x128", "dim256"):
-        specs[f"rope.{name}"] = replace(specs[name], rope=True)
+        specs[f"rope.{name}"] = replace(specs[name], rope=True, follows=True)
+    specs["rope.strided.split"] = replace(specs["rope.causal"], q_tma=False, o_tma=False, split=True, aligned=False)
+    specs["follows"] = replace(causal, follows=True)
     for name, spec in specs.items():
         spec = fit(spec)
         for dtype in ("bf16", "fp16") if name == "causal" else ("bf16",):

@@ -42,7 +42,8 @@ class Spec:
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
-    rope: rows of Q are turned in shared memory; keys have been turned before.
+    rope: rows of Q are turned in shared memory; keys have been turned before. follows: K and V are written by the
+        kernel before, which may still run.
     """
 
     d_qk: int
@@ -64,6 +65,7 @@ class Spec:
     sinks: bool = False
     split: bool = False
     rope: bool = False
+    follows: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
