@@ -225,7 +225,11 @@ def launch(
             plan = attention_family("hopper").portable_plan(plan)
         else:
             out_scale, scales = scales.out, None
-    if plan.config.turn_q and plan.inner is not None and not attention_family("hopper").turns(plan, q, v, out, sm_scale):
+    if (
+        plan.config.turn_q
+        and plan.inner is not None
+        and not attention_family("hopper").turns(plan, q, v, out, sm_scale)
+    ):
         plan = attention_family("hopper").portable_plan(plan)  # which turns q and keys, and copies neither
     if plan.inner is not None:
         q, k, v, workspace = attention_family("copied").copy(plan, q, k, v, workspace)

@@ -28,6 +28,7 @@ class Config:
     section_tiles: see Tiling.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result. turn_q: but q is rotated by the Hopper family, in shared memory.
+        copy_v: V, too, if it is paged; else it is read from its pages.
     """
 
     family: str
@@ -53,6 +54,7 @@ class Config:
     section_tiles: int = 0
     copy_first: bool = False
     turn_q: bool = False
+    copy_v: bool = True
 
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
@@ -66,8 +68,11 @@ class Config:
                 "more registers than there are"
             )
 
-        if self.turn_q and self.family != "hopper":
-            raise ValueError(f"turn_q: only the Hopper family rotates q apart from the keys, got family={self.family!r}")
+        if self.family != "hopper" and (self.turn_q or not self.copy_v):
+            raise ValueError(
+                f"turn_q, copy_v: only the Hopper family rotates q itself, and reads K and V by page tables of their "
+                f"own, got family={self.family!r}, turn_q={self.turn_q}, copy_v={self.copy_v}"
+            )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration. ValueError if CTAs of several KV heads do not fit the problem."""
@@ -138,7 +143,9 @@ def choose(
     if problem.rope is not None:
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
-        return replace(hopper(served, work), copy_first=copy, turn_q=problem.rope is not None)
+        row = hopper(served, work)
+        in_place = problem.rope is not None and problem.paged and box_rows(problem.page_size, row.block_n) > 0
+        return replace(row, copy_first=copy, turn_q=problem.rope is not None, copy_v=not in_place)
     return portable(problem, work, capability(device), num_sms(device))
 
 

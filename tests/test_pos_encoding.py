@@ -159,6 +159,26 @@ def test_only_keys_are_moved_where_the_kernel_turns_q() -> None:
         Config("portable", 64, 64, 1, copy_first=True, turn_q=True)
 
 
+def test_pages_of_keys_are_where_they_were_moved() -> None:
+    half = torch.bfloat16
+    problem = Problem(4, 2, 64, 64, half, half, half, page_size=16, rope=Rope())
+    kv_len, kv_base = np.array([40, 0, 33, 16]), np.array([2, 9, 5, 9])
+    lengths = Lengths(np.array([0, 1, 2, 3, 4]), kv_base, kv_len)
+    config = Config("hopper", 64, 64, 1, copy_first=True, turn_q=True, copy_v=False)
+    plan = make_plan(problem, config, lengths, torch.zeros(10, dtype=torch.int32), torch.device("cpu"))
+    assert plan.moves is not None
+    assert plan.inner is not None
+    assert plan.inner.key_indices is not None
+    assert plan.inner.problem == problem
+    moved_to = [to + t for to, *_, count, _ in plan.moves.kv.tolist() for t in range(count)]
+    pages = plan.inner.key_indices.tolist()
+    rows = [pages[base + t // 16] * 16 + t % 16 for base, n in zip(kv_base, kv_len, strict=True) for t in range(n)]
+    assert moved_to == rows
+    assert len(set(rows)) == kv_len.sum()
+    assert plan.moves.rows == (0, 7 * 16, 0)
+    assert plan.workspace_size() - plan.inner.workspace_size() == 7 * 16 * 2 * 64 * 2
+
+
 FORWARD = {
     "decode": ("decode.rope.plain", {}),
     "append": ("append.rope.plain", {"causal": True}),

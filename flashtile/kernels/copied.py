@@ -1,7 +1,7 @@
 """Attention over copies in the workspace, for families that do not rotate or gather as well in passing.
 
-With a rope, each row of K is turned once, where a prefill's tiles would turn every key once per tile; and each row of q,
-unless the family turns that itself. Paged K and V become ragged on the way.
+With a rope, each row of K is turned once, where a prefill's tiles would turn every key once per tile; and each row of
+q, unless the family turns that itself. Paged K and V become ragged on the way, or K's pages come into order.
 """
 
 from collections.abc import Iterator
@@ -49,10 +49,10 @@ def move_kernel(
     rows = ((to + token).to(tl.int64) * HEADS + first_head) * (2 * WIDTH)
     out_ptrs = out_ptr + (rows[:, None] + cols[None, :])
     near, far = (), ()
-    for h in tl.static_range(EACH):
-        near_ptrs = ptrs + h * stride_head
-        near = near + (tl.load(near_ptrs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-        far = far + (tl.load(near_ptrs + WIDTH, mask=mask, other=0.0, eviction_policy="evict_first"),)
+    for _ in tl.static_range(EACH):
+        near = near + (tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        far = far + (tl.load(ptrs + WIDTH, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        ptrs += stride_head
     freqs = load_frequencies(table_ptr, 1, WIDTH, BLOCK) if COS_SIN is not None else ()
     for h in tl.static_range(EACH):
         x, y = near[h], far[h]
@@ -90,15 +90,17 @@ def copy(
     family's `run`."""
     p, moves = plan.problem, plan.moves
     assert moves is not None, "a plan with copy_first"
-    turned_q, turned_k, gathered_v, rest = moved(p, plan.work, plan.config.turn_q, workspace)
+    turned_q, turned_k, gathered_v, rest = moved(p, moves, workspace)
     rotate = p.rope is not None
     if rotate and not plan.config.turn_q:
         move(plan, turned_q, q, moves.q, True, False)
         q = turned_q
     move(plan, turned_k, k, moves.kv, rotate, p.paged)
-    if p.paged:
+    if p.paged and plan.config.copy_v:
         move(plan, gathered_v, v, moves.kv, False, True)
         v = gathered_v
+    elif p.paged:
+        turned_k = turned_k.view(-1, p.page_size, *turned_k.shape[1:])
     return q, turned_k, v, rest
 
 

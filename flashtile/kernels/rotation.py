@@ -10,7 +10,6 @@ import triton.language as tl
 
 from flashtile.kernels.rope import cos_sin_of
 
-
 FAST_COS_SIN = tl.constexpr(
     """{ .reg .f32 turns, r;
         fma.rn.f32 turns, $2, 0f3e22f983, 0f4b400000;

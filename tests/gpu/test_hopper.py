@@ -122,12 +122,13 @@ ROPE_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("copy_v", [True, False], ids=["copy_v", "read_v"])
 @pytest.mark.parametrize("turn_q", [True, False], ids=["turn_q", "copy_q"])
 @pytest.mark.parametrize("case", [replace(c, name=f"{c.name}{i}") for i, c in enumerate(ROPE_CASES)], ids=str)
-def test_rotated_first(case: AttentionCase, turn_q: bool) -> None:
-    check(case, torch.bfloat16, turn_q=turn_q)
-    check(case, torch.float16, turn_q=turn_q)
-    check(case, torch.bfloat16, turn_q=turn_q, kv_chunk=128)
+def test_rotated_first(case: AttentionCase, turn_q: bool, copy_v: bool) -> None:
+    check(case, torch.bfloat16, turn_q=turn_q, copy_v=copy_v)
+    check(case, torch.float16, turn_q=turn_q, copy_v=copy_v)
+    check(case, torch.bfloat16, turn_q=turn_q, copy_v=copy_v, kv_chunk=128)
 
 
 def test_rotated_first_same_bits_100_times() -> None:

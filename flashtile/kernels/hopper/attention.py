@@ -76,7 +76,7 @@ RUNTIME = (
 @gluon.jit(do_not_specialize=RUNTIME)
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-    items_ptr, kv_indices_ptr, turns_ptr, table_ptr,
+    items_ptr, key_indices_ptr, kv_indices_ptr, turns_ptr, table_ptr,
     q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32,
     v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
@@ -118,7 +118,8 @@ def attention_kernel(
         o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
         num_heads, num_groups, pack,
     )  # fmt: skip
-    table = (kv_indices_ptr, page_size, boxes)
+    k_table = (key_indices_ptr, page_size, boxes)
+    v_table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
     window = (window_left, window_reach, pack)
     work = (items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups)
@@ -126,8 +127,8 @@ def attention_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, table, C)),
-                (v_loader, (smem, bars, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, k_table, C)),
+                (v_loader, (smem, bars, v, work, v_table, C)),
             ],
             role_warps(C),
             role_registers(C),
@@ -136,8 +137,8 @@ def attention_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, table, C)),
-                (v_loader, (smem, bars, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, k_table, C)),
+                (v_loader, (smem, bars, v, work, v_table, C)),
                 (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
             ],
             role_warps(C),
@@ -148,8 +149,8 @@ def attention_kernel(
             [
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
                 (consumer, (1, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, table, C)),
-                (v_loader, (smem, bars, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, k_table, C)),
+                (v_loader, (smem, bars, v, work, v_table, C)),
             ],
             role_warps(C),
             role_registers(C),
@@ -159,8 +160,8 @@ def attention_kernel(
             [
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
                 (consumer, (1, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, table, C)),
-                (v_loader, (smem, bars, v, work, table, C)),
+                (qk_loader, (smem, bars, q, k, work, k_table, C)),
+                (v_loader, (smem, bars, v, work, v_table, C)),
                 (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
                 (q_rotator, (1, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
             ],
@@ -310,8 +311,9 @@ def portable_plan(plan: Plan) -> Plan:
 
 def turns(plan: Plan, q: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> bool:
     """Whether the kernel itself can serve such a call of a plan with `turn_q`, for which nothing else turns q alone."""
-    v_served = plan.problem.paged or as_matrix(v) is not None  # paged V is copied
-    return sm_scale > 0 and copyable(q) and copyable(out) and v_served
+    p, c = plan.problem, plan.config
+    by_tma = p.paged and c.copy_v or (box_rows(p.page_size, c.block_n) > 0 and as_matrix(v) is not None)
+    return sm_scale > 0 and copyable(q) and copyable(out) and by_tma
 
 
 def run(
@@ -358,7 +360,8 @@ def run(
     partial, partial_lse = plan.partials(workspace)
     attention_kernel[setup.grid](
         q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
-        plan.items, plan.kv_indices, plan.turns, plan.table,
+        plan.items, plan.kv_indices if plan.key_indices is None else plan.key_indices, plan.kv_indices, plan.turns,
+        plan.table,
         *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
         p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
         inverse(c.pack), p.page_size, c.block_n // spec.box if spec.box else 0,
@@ -383,7 +386,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 
     found = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
-    found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
+    found |= dict.fromkeys(("items_ptr", "key_indices_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
     found["table_ptr"] = "*fp32"
     found |= dict.fromkeys(("scale", "cap_scale"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
@@ -415,6 +418,7 @@ def compile_cases() -> Iterator[CompileCase]:
     for name in ("causal", "window.cap.sinks", "packed.split", "dim64", "dim96", "dim192x128", "dim256"):
         specs[f"rope.{name}"] = replace(specs[name], rope=True, follows=True)
     specs["rope.strided.split"] = replace(specs["rope.causal"], q_tma=False, o_tma=False, split=True, aligned=False)
+    specs["rope.paged"] = replace(specs["rope.causal"], paged=True, box=16, aligned=False)
     specs["follows"] = replace(causal, follows=True)
     for name, spec in specs.items():
         spec = fit(spec)

@@ -33,7 +33,7 @@ def columns(q_bufs, slot, block, COL: gl.constexpr, C: gl.constexpr):
     view = strips(buf, HEIGHT)
     PANELS: gl.constexpr = buf.shape[2] // view.shape[2]
     rows = view.index((slot * PANELS + AT[1]) * (ROWS // HEIGHT) + block)
-    if WIDTH != panel(C.d_qk):
+    if panel(C.d_qk) != WIDTH:
         rows = rows.slice(AT[2], WIDTH, dim=1)
     return rows
 
@@ -54,7 +54,10 @@ def turn_block(near_rows, far_rows, position, freqs):
 
 @gluon.jit
 def q_rotator(W: gl.constexpr, smem, q_full, q_turned, tile_full, table_ptr, pack, C: gl.constexpr):
-    """The role that turns the rows of consumer W, tile after tile. table_ptr: radians per token of each pair, [d_qk / 2] fp32."""
+    """The role that turns the rows of consumer W, tile after tile.
+
+    table_ptr: radians per token of each pair, [d_qk / 2] fp32.
+    """
     q_bufs, ring = smem[0], smem[4]
     WIDTH: gl.constexpr = turned_columns(C.d_qk)
     HEIGHT: gl.constexpr = turned_rows(C.d_qk)
