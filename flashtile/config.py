@@ -28,7 +28,8 @@ class Config:
         choice.
     section_tiles: see Tiling.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
-        the workspace; attention runs over the result.
+        the workspace; attention runs over the result. turn_q: but q is rotated by the Hopper family, in shared memory.
+        copy_v: V, too, if it is paged; else it is read from its pages.
     """
 
     family: str
@@ -54,6 +55,8 @@ class Config:
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
     copy_first: bool = False
+    turn_q: bool = False
+    copy_v: bool = True
 
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
@@ -70,6 +73,12 @@ class Config:
             raise ValueError(
                 f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
                 "more registers than there are"
+            )
+
+        if self.family != "hopper" and (self.turn_q or not self.copy_v):
+            raise ValueError(
+                f"turn_q, copy_v: only the Hopper family rotates q itself, and reads K and V by page tables of their "
+                f"own, got family={self.family!r}, turn_q={self.turn_q}, copy_v={self.copy_v}"
             )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
@@ -141,7 +150,9 @@ def choose(
     if problem.rope is not None:
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
-        return replace(hopper(served, work), copy_first=copy)
+        row = hopper(served, work)
+        in_place = problem.rope is not None and problem.paged and box_rows(problem.page_size, row.block_n) > 0
+        return replace(row, copy_first=copy, turn_q=problem.rope is not None, copy_v=not in_place)
     return portable(problem, work, capability(device), num_sms(device))
 
 
