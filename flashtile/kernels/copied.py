@@ -44,7 +44,9 @@ def move_kernel(
     mask = in_range[:, None] & (cols < WIDTH)[None, :]
     ptrs = x_ptr + (page * stride_page + row * stride_row + head.to(tl.int64) * stride_head)[:, None] + cols[None, :]
     out_ptrs = out_ptr + ((to + token).to(tl.int64) * HEADS + head)[:, None] * (2 * WIDTH) + cols[None, :]
-    near, far = tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + WIDTH, mask=mask, other=0.0)
+    # read once: what is written, and read again, may keep L2
+    near = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+    far = tl.load(ptrs + WIDTH, mask=mask, other=0.0, eviction_policy="evict_first")
     if COS_SIN is not None:
         freqs = load_frequencies(table_ptr, 1, WIDTH, BLOCK)
         near, far = turn((near,), (far,), position + token, freqs, COS_SIN, 1.0)
