@@ -26,7 +26,8 @@ class Config:
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
     section_tiles: see Tiling.
-    gather_warps: 2 or 4, of each of the Hopper family's two loaders where K and V are gathered by rows.
+    gather_warps: 2 or 4, of each of the Hopper family's two loaders where K and V are gathered by rows; 2 where 4 would
+        leave its consumers too few registers (head_dim_qk 192, or 128 with a soft cap).
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result.
     """
