@@ -27,6 +27,8 @@ class Config:
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
     section_tiles: see Tiling.
+    gather_warps: 2 or 4, of each of the Hopper family's two loaders where K and V are gathered by rows; 2 where 4 would
+        leave its consumers too few registers (head_dim_qk 192, or 128 with a soft cap).
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result. turn_q: but q is rotated by the Hopper family, in shared memory.
         copy_v: V, too, if it is paged; else it is read from its pages.
@@ -54,6 +56,7 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
+    gather_warps: int = 2
     copy_first: bool = False
     turn_q: bool = False
     copy_v: bool = True
@@ -69,6 +72,8 @@ class Config:
                 "fused_merge: expected a portable configuration without overlap, which is of the merge's own kernel, "
                 f"got family={self.family!r}, overlap={self.overlap}"
             )
+        if self.gather_warps not in (2, 4):
+            raise ValueError(f"gather_warps: expected 2 or 4, got {self.gather_warps}")
         if self.family == "hopper" and self.block_m not in (64, 128):
             raise ValueError(
                 f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "

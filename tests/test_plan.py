@@ -154,10 +154,12 @@ def test_plan_prints_and_sizes_its_workspace() -> None:
     assert "page_size=16" in repr(problem)
 
 
-def test_heads_of_a_cta_that_do_not_fit_are_refused() -> None:
+def test_configurations_that_do_not_fit_are_refused() -> None:
     problem = Problem(12, 3, 64, 64, torch.float16, torch.int8, torch.float16, page_size=16)
     config = Config("portable", 16, 64, 4, ways=4, heads=2)
     with pytest.raises(ValueError, match="num_kv_heads=3"):
         config.tiling(problem, 132)
     with pytest.raises(ValueError, match="shared evenly"):
         Config("portable", 16, 64, 4, num_warps=8, ways=4)
+    with pytest.raises(ValueError, match="gather_warps: expected 2 or 4, got 3"):
+        Config("hopper", 128, 128, 1, gather_warps=3)

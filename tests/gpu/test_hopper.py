@@ -186,11 +186,33 @@ def test_schedules(case: AttentionCase, forced: dict[str, object]) -> None:
     check(case, torch.bfloat16, **forced)
 
 
-@pytest.mark.parametrize("name", ["aligned", "ragged", "paged.page1", "paged.append"])
-def test_same_bits_100_times(name: str) -> None:
+_ROWS = replace(_PAGED, page_size=1)
+GATHERED_CASES = [
+    *[c for c in LONG_CASES if c.page_size in (1, 3)],
+    replace(_ALIGNED, name="page1.aligned", page_size=1),
+    replace(_ALIGNED, name="page1.aligned.empty", kv_lens=(384, 0, 128), qo_lens=(128, 128, 384), page_size=1),
+    replace(_ROWS, name="page1.short", kv_lens=(50,) * 300, qo_lens=(33,) * 300),  # a tile is one block
+    replace(_ROWS, name="page1.short.dim64", kv_lens=(50,) * 300, qo_lens=(33,) * 300, head_dim=64),
+    replace(_ROWS, name="page1.cap.sinks", logits_soft_cap=20.0, sinks=True, window_left=200),
+    replace(_ROWS, name="page1.hnd", kv_layout="HND"),
+    replace(_ROWS, name="page1.append64", kv_lens=(700, 1500, 64), qo_lens=(64, 33, 16), heads=(10, 2)),
+    replace(_PAGED, name="page3.append", kv_lens=(700, 1500, 64), qo_lens=(16, 3, 16), heads=(8, 2), page_size=3),
+]
+
+
+@pytest.mark.parametrize("forced", [{}, {"kv_chunk": 128}], ids=["whole", "split"])
+@pytest.mark.parametrize("warps", [2, 4])
+@pytest.mark.parametrize("case", GATHERED_CASES, ids=str)
+def test_gathering_warps(case: AttentionCase, warps: int, forced: dict[str, object]) -> None:
+    check(case, torch.bfloat16, gather_warps=warps, **forced)
+
+
+@pytest.mark.parametrize("warps", [2, 4])
+@pytest.mark.parametrize("name", ["aligned", "ragged", "paged.page1", "paged.append", "paged.append.page1"])
+def test_same_bits_100_times(name: str, warps: int) -> None:
     case = next(c for c in LONG_CASES if c.name == name)
     x = make_inputs(case, torch.bfloat16, "cuda")
-    wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
+    wrapper = make_wrapper(x, "cuda", config=replace(config_of(case, torch.bfloat16), gather_warps=warps))
     first = run_case(x, wrapper)
     for _ in range(100):
         again = run_case(x, wrapper)

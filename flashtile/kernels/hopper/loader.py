@@ -20,7 +20,7 @@ from flashtile.kernels.hopper.compat import (
 )
 from flashtile.kernels.hopper.spec import K_EMPTY, ROWS, V_EMPTY, loader_warps, threads
 
-CHUNK = gl.constexpr(32)  # rows that the gathering loader copies at once: more would cost it registers
+CHUNK = gl.constexpr(32)  # rows that a gathering loader copies at once: more would cost it registers
 
 
 @gluon.constexpr_function
@@ -93,34 +93,56 @@ def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.const
 
 
 @gluon.jit
-def gather_block(source, bufs, scratch, bar, base, head, n, kv_len, pages, table, C: gl.constexpr):
-    """16-byte copies of the rows of KV block n; rows past kv_len become 0. The threads' copies arrive at bar by
-    themselves."""
+def stash_offsets(source, scratch, base, n, pages, table, C: gl.constexpr):
+    """Write down where the rows of KV block n are: a thread knows the offsets of a few rows, and needs those of the
+    rows it copies."""
     desc, ptr, page_step, token_step, head_step = source
     kv_indices_ptr, page_size, boxes = table
     tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
     if C.paged:
-        offsets = pages.to(gl.int64) * page_step + (tokens % page_size).to(gl.int64) * token_step
+        offsets = pages.to(gl.int64) * page_step
+        if C.box != 1:
+            offsets += (tokens % page_size).to(gl.int64) * token_step
     else:
         offsets = (base + tokens).to(gl.int64) * token_step
-    scratch.store(offsets)  # every thread knows one row's offset, and needs those of the rows it copies
+    scratch.store(offsets)
+
+
+@gluon.jit
+def gather_block(source, bufs, scratch, bar, head, valid, C: gl.constexpr):
+    """16-byte copies of the rows of a KV block at stashed offsets; rows from `valid` on become 0. The threads' copies
+    arrive at bar by themselves."""
+    desc, ptr, page_step, token_step, head_step = source
     ptr += head.to(gl.int64) * head_step * 8
-    for r in gl.static_range(C.block_n // CHUNK):
-        first_col = 0
-        for p in gl.static_range(len(bufs)):
-            rows = scratch.slice(r * CHUNK, CHUNK)
-            gather_rows(ptr + first_col, rows, bufs[p].slice(r * CHUNK, CHUNK), kv_len - n * C.block_n - r * CHUNK, C)
-            first_col += bufs[p].shape[1]
+    if valid >= C.block_n:  # a comparison per row less
+        gather_rows(ptr, bufs, scratch, valid, False, C)
+    else:
+        gather_rows(ptr, bufs, scratch, valid, True, C)
     cp_async_arrive(bar, increment_count=False)
 
 
 @gluon.jit
-def gather_rows(ptr, offsets, out, valid, C: gl.constexpr):
-    """Start to copy rows at offsets (shared memory, units of 8 elements) from ptr; rows from `valid` on become 0."""
+def gather_rows(ptr, bufs, scratch, valid, MASKED: gl.constexpr, C: gl.constexpr):
+    """Start to copy all rows of a block, those before `valid` only if MASKED."""
+    for r in gl.static_range(C.block_n // CHUNK):
+        first_col = 0
+        for p in gl.static_range(len(bufs)):
+            out = bufs[p].slice(r * CHUNK, CHUNK)
+            gather_chunk(ptr + first_col, scratch.slice(r * CHUNK, CHUNK), out, valid - r * CHUNK, MASKED, C)
+            first_col += bufs[p].shape[1]
+
+
+@gluon.jit
+def gather_chunk(ptr, offsets, out, valid, MASKED: gl.constexpr, C: gl.constexpr):
+    """Start to copy one piece of rows at offsets (shared memory, units of 8 elements) from ptr."""
     L: gl.constexpr = copy_layout(out.shape[1], loader_warps(C))
     ROW: gl.constexpr = gl.SliceLayout(1, L)
-    rows = (ptr + offsets.load(ROW) * 8)[:, None] + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, L))[None, :]
-    cp_async(out, rows, mask=(gl.arange(0, out.shape[0], layout=ROW) < valid)[:, None])
+    cols = ptr + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, L))  # once: a row then takes one 64-bit sum
+    rows = cols[None, :] + (offsets.load(ROW) * 8)[:, None]
+    if MASKED:
+        cp_async(out, rows, mask=(gl.arange(0, out.shape[0], layout=ROW) < valid)[:, None])
+    else:
+        cp_async(out, rows)
 
 
 @gluon.jit
@@ -149,7 +171,10 @@ def load_pages(table, base, n, kv_len, valid, C: gl.constexpr):
     kv_indices_ptr, page_size, boxes = table
     if C.paged and C.gather:  # the page of each token
         tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
-        entry = (base + tokens // page_size).to(gl.int64)
+        entry = tokens
+        if C.box != 1:
+            entry = tokens // page_size
+        entry = (base + entry).to(gl.int64)
         pages = gl.load(kv_indices_ptr + entry, mask=(tokens < kv_len) & valid, other=0)
     elif C.paged:
         entry = n * (C.block_n // C.box)
@@ -174,9 +199,11 @@ def load_k(it, source, smem, bars, base, head, n, kv_len, pages, table, C: gl.co
     """Fetch K of block n as block number `it` of this CTA."""
     slot = it % C.stages
     bar = bars[2].index(slot)
+    if C.gather:
+        stash_offsets(source, smem[5].index(0), base, n, pages, table, C)
     wait_empty(K_EMPTY, it, C)
     if C.gather:
-        gather_block(source, stage(smem[1], slot), smem[5].index(0), bar, base, head, n, kv_len, pages, table, C)
+        gather_block(source, stage(smem[1], slot), smem[5].index(0), bar, head, kv_len - n * C.block_n, C)
     else:
         mbarrier.expect(bar, C.block_n * C.d_qk * 2)
         copy_block(source, smem[1], slot, bar, base, head, n, pages, table, C)
@@ -188,11 +215,13 @@ def load_v(it, tails, source, smem, bars, base, head, n, kv_len, pages, table, C
     slot = it % C.stages
     bar = bars[3].index(slot)
     tail_full = bars[5].index(0)
+    valid = kv_len - n * C.block_n
+    if C.gather:
+        stash_offsets(source, smem[5].index(1), base, n, pages, table, C)
     wait_empty(V_EMPTY, it, C)
     if C.gather:
-        gather_block(source, stage(smem[2], slot), smem[5].index(1), bar, base, head, n, kv_len, pages, table, C)
+        gather_block(source, stage(smem[2], slot), smem[5].index(1), bar, head, valid, C)
     else:
-        valid = kv_len - n * C.block_n
         if valid >= C.block_n:
             mbarrier.expect(bar, C.block_n * C.d_vo * 2)
             copy_block(source, smem[2], slot, bar, base, head, n, pages, table, C)
@@ -300,10 +329,22 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
     if C.follows:
         gdc_wait()
 
-    count = gl.to_tensor(0)  # tiles handed over, less one
+    count = gl.to_tensor(0)  # tiles begun, less one
     it = gl.to_tensor(0)  # blocks
     fresh = head >= 0  # the block is the first one of its tile
+    upcoming = item
     while head >= 0:
+        if fresh:
+            upcoming = tiles.with_head(item_next, t, work)
+            tiles.publish(smem[4], bars[4], count + 1, upcoming)
+            t = following
+            item_next = tiles.fetch(work, t, C)
+            following = tiles.turn(work, count + 3)
+        # the next block's page ids are under way while this block is fetched
+        head_then, base_then, kv_len_then, first_then, n_then = head, base, kv_len, first, n - 1
+        if n == first:
+            head_then, base_then, kv_len_then, first_then, n_then = walk(upcoming, C)
+        pages_then = load_pages(table, base_then, n_then, kv_len_then, head_then >= 0, C)
         load_k(it, k, smem, bars, base, tiles.divide(head, inverse_groups), n, kv_len, pages, table, C)
         it += 1
         if fresh:
@@ -311,20 +352,13 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
             if C.q_slots == 1:  # noqa: SIM102 (known to the compiler)
                 if count > 0:
                     load_q(count, item, q, smem, bars, C)
-            item = tiles.with_head(item_next, t, work)
+            item = upcoming
             count += 1
-            tiles.publish(smem[4], bars[4], count, item)
             if C.q_slots == 2:  # noqa: SIM102
                 if tiles.field(item, tiles.HEAD) >= 0:
                     load_q(count, item, q, smem, bars, C)
-            t = following
-            item_next = tiles.fetch(work, t, C)
-            following = tiles.turn(work, count + 2)
         fresh = n == first
-        n -= 1
-        if fresh:
-            head, base, kv_len, first, n = walk(item, C)
-        pages = load_pages(table, base, n, kv_len, head >= 0, C)
+        head, base, kv_len, first, n, pages = head_then, base_then, kv_len_then, first_then, n_then, pages_then
 
 
 @gluon.jit
@@ -345,14 +379,14 @@ def v_loader(smem, bars, v, work, table, C: gl.constexpr):
     it = gl.to_tensor(0)
     tails = gl.to_tensor(0)
     while head >= 0:
-        tails = load_v(it, tails, v, smem, bars, base, tiles.divide(head, inverse_groups), n, kv_len, pages, table, C)
-        it += 1
-        fresh = n == first
-        n -= 1
-        if fresh:
+        head_then, base_then, kv_len_then, first_then, n_then = head, base, kv_len, first, n - 1
+        if n == first:
             count += 1
-            head, base, kv_len, first, n = walk(tiles.with_head(item_next, t, work), C)
+            head_then, base_then, kv_len_then, first_then, n_then = walk(tiles.with_head(item_next, t, work), C)
             t = following
             item_next = tiles.fetch(work, t, C)
             following = tiles.turn(work, count + 2)
-        pages = load_pages(table, base, n, kv_len, head >= 0, C)
+        pages_then = load_pages(table, base_then, n_then, kv_len_then, head_then >= 0, C)
+        tails = load_v(it, tails, v, smem, bars, base, tiles.divide(head, inverse_groups), n, kv_len, pages, table, C)
+        it += 1
+        head, base, kv_len, first, n, pages = head_then, base_then, kv_len_then, first_then, n_then, pages_then
