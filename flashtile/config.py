@@ -26,6 +26,8 @@ class Config:
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
     section_tiles: see Tiling.
+    fixed_max, emulated_exp2: of the Hopper family, see Spec (kernels/hopper/spec.py); the first for capped logits in
+        bf16.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result.
     """
@@ -51,6 +53,8 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
+    fixed_max: bool = False
+    emulated_exp2: int = 0
     copy_first: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +68,11 @@ class Config:
                 f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
                 "more registers than there are"
             )
+        if not 0 <= self.emulated_exp2 <= 8 or (self.family != "hopper" and (self.fixed_max or self.emulated_exp2)):
+            raise ValueError(
+                "fixed_max, emulated_exp2: expected False and 0, or for the Hopper family True and 0 to 8 (of 8 powers "
+                f"of two), got family={self.family!r}, fixed_max={self.fixed_max}, emulated_exp2={self.emulated_exp2}"
+            )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
         """The scheduler's view of this configuration. ValueError if CTAs of several KV heads do not fit the problem."""
@@ -71,6 +80,11 @@ class Config:
             raise ValueError(
                 f"heads: expected a divisor of num_kv_heads={problem.num_kv_heads}, and a pack of all "
                 f"{problem.group_size} heads of a group, got heads={self.heads}, pack={self.pack}"
+            )
+        if self.fixed_max and not fits_fixed_max(problem):
+            raise ValueError(
+                f"fixed_max: expected bfloat16 and a logits_soft_cap of at most {FIXED_MAX_CAP:g}, got "
+                f"{problem.q_dtype} and {problem.logits_soft_cap:g}"
             )
         groups = problem.num_qo_heads // self.pack // self.heads
         return Tiling(
@@ -164,8 +178,27 @@ def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:
     return None
 
 
+FIXED_MAX_CAP = 55.0  # exponents of two are within 1.25 * 55 * log2(e) = 99: sums of p v stay within fp32
+
+
+def fits_fixed_max(p: Problem) -> bool:
+    """Whether exponents of capped logits may refer to a constant: not in fp16, nor for caps that leave fp32's range."""
+    return p.q_dtype == torch.bfloat16 and 0 < p.logits_soft_cap <= FIXED_MAX_CAP
+
+
 def hopper(p: Problem, w: Workload) -> Config:
     """The Hopper family's rows: the first that fits wins."""
+    row = _hopper_row(p, w)
+    if fits_fixed_max(p):
+        # Two MUFU operations a logit fill the unit for as long as the products take. By count (SASS, of a warp and step
+        # of 128 keys; plain 466 instructions with 66 MUFU): 594 with 130, fixed_max 449 with 128, 2 of 8 emulated 561
+        # with 112. Predicted at 4 x 4096 tokens: 947 us become 840, plain 774; not timed yet
+        return replace(row, fixed_max=True, emulated_exp2=2)
+    return row
+
+
+def _hopper_row(p: Problem, w: Workload) -> Config:
+    """Tiles, and what the scheduler should assume."""
     group, rows = p.group_size, w.max_qo_len * p.group_size
     block_n, stages = {(64, 64): (128, 4), (96, 96): (128, 3), (256, 256): (64, 2)}.get(
         (p.head_dim_qk, p.head_dim_vo), (128, 2)

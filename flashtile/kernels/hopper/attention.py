@@ -238,7 +238,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0,
         right=p.window_right >= 0, aligned=aligned,
-        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
+        soft_cap=p.logits_soft_cap > 0, fixed_max=c.fixed_max, emulated=c.emulated_exp2, split=plan.num_merges > 0,
     )  # fmt: skip
 
 
@@ -366,6 +366,9 @@ def compile_cases() -> Iterator[CompileCase]:
         "paged": replace(causal, paged=True, box=16, aligned=False),
         "page1": gathered,
         "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False),
+        "cap.fixed_max": replace(causal, soft_cap=True, fixed_max=True, emulated=2),
+        "window.cap.fixed_max": replace(causal, left=True, soft_cap=True, fixed_max=True, emulated=2, aligned=False),
+        "emulated": replace(causal, emulated=2, aligned=False),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),

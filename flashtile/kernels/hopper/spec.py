@@ -40,6 +40,8 @@ class Spec:
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
+    fixed_max: exponents of capped logits refer to a constant, not to a running maximum (mainloop.py). emulated: of 8
+        powers of two, how many are polynomials (exp2.py).
     """
 
     d_qk: int
@@ -58,6 +60,8 @@ class Spec:
     right: bool = False
     aligned: bool = False
     soft_cap: bool = False
+    fixed_max: bool = False
+    emulated: int = 0
     sinks: bool = False
     split: bool = False
 
