@@ -203,7 +203,11 @@ def _hopper_row(p: Problem, w: Workload) -> Config:
     block_n, stages = {(64, 64): (128, 4), (96, 96): (128, 3), (256, 256): (64, 2)}.get(
         (p.head_dim_qk, p.head_dim_vo), (128, 2)
     )
-    pack = group if group > 1 and w.max_qo_len <= 64 else 1
+    # Requests with a few query tokens, as in decode, fill a tile of each head, but one in `group` if heads are packed;
+    # for the others, packing takes Q's and O's rows off TMA. Of 64 requests, half of them decode: 541 steps a CTA
+    # instead of 615, predicted 528 -> 590 TFLOP/s; not timed yet
+    mixed = w.num_short * 16 > w.nnz_qo / 128  # tiles of one head
+    pack = group if group > 1 and (w.max_qo_len <= 64 or mixed) else 1
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0, overlap=True)
     # The list: all tiles of one KV head one after the other, so that they find it in L2. Where tiles differ in length,

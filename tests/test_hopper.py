@@ -90,6 +90,21 @@ def test_shared_memory(dims: tuple[int, int], qo_len: int, gather: bool) -> None
     assert shared_bytes(spec) <= SHARED_BYTES - SMALL_BYTES
 
 
+def test_heads_are_packed_where_many_requests_decode() -> None:
+    half = torch.bfloat16
+    problem = Problem(32, 8, 128, 128, half, half, half, window_right=0)
+
+    def chosen(qo_lens: list[int]) -> tuple[int, int]:
+        qo_indptr = np.cumsum([0, *qo_lens])
+        kv_len = np.array(qo_lens) + 1000
+        c = hopper(problem, Lengths(qo_indptr, np.zeros_like(kv_len), kv_len).workload())
+        return c.pack, c.heads_per_item
+
+    assert chosen([1000, 1] * 32) == (4, 1)
+    assert chosen([8192] * 4 + [1, 1]) == (1, 4)
+    assert chosen([1024] * 16) == chosen([1024, 0] * 16) == (1, 4)
+
+
 def test_refusals() -> None:
     half = torch.bfloat16
     assert hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (9, 0)) is None
