@@ -63,10 +63,12 @@ class Config:
                 f"ways, heads: expected 1 way or one per warp ({self.num_warps}), shared evenly by heads, "
                 f"got ways={self.ways}, heads={self.heads}"
             )
-        if self.family == "hopper" and self.block_m not in (64, 128):
+        if self.family == "hopper" and (
+            self.block_m not in (64, 128, 192) or self.block_m == 192 and self.block_n > 64
+        ):
             raise ValueError(
-                f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
-                "more registers than there are"
+                "block_m, block_n: the Hopper family has one to three consumers of 64 rows, and three have registers "
+                f"for 64 keys a step, got {self.block_m}, {self.block_n}"
             )
         if not 0 <= self.emulated_exp2 <= 8 or (self.family != "hopper" and (self.fixed_max or self.emulated_exp2)):
             raise ValueError(
@@ -80,6 +82,11 @@ class Config:
             raise ValueError(
                 f"heads: expected a divisor of num_kv_heads={problem.num_kv_heads}, and a pack of all "
                 f"{problem.group_size} heads of a group, got heads={self.heads}, pack={self.pack}"
+            )
+        if self.family == "hopper" and self.block_m == 192 and max(problem.head_dim_qk, problem.head_dim_vo) > 64:
+            raise ValueError(
+                f"block_m: expected 64 or 128 for head_dim {problem.head_dim_qk}/{problem.head_dim_vo}, got 192; three "
+                "consumers have registers for 64"
             )
         if self.fixed_max and not fits_fixed_max(problem):
             raise ValueError(
@@ -193,7 +200,7 @@ def hopper(p: Problem, w: Workload) -> Config:
         # Two MUFU operations a logit fill the unit for as long as the products take. By count (SASS, of a warp and step
         # of 128 keys; plain 466 instructions with 66 MUFU): 594 with 130, fixed_max 449 with 128, 2 of 8 emulated 561
         # with 112. Predicted at 4 x 4096 tokens: 947 us become 840, plain 774; not timed yet
-        return replace(row, fixed_max=True, emulated_exp2=2)
+        return replace(row, fixed_max=True, emulated_exp2=2 if p.head_dim_qk <= 128 else 0)
     return row
 
 
@@ -206,7 +213,8 @@ def _hopper_row(p: Problem, w: Workload) -> Config:
     # Requests with a few query tokens, as in decode, fill a tile of each head, but one in `group` if heads are packed;
     # for the others, packing takes Q's and O's rows off TMA. Of 64 requests, half of them decode: 541 steps a CTA
     # instead of 615, predicted 528 -> 590 TFLOP/s; not timed yet
-    mixed = w.num_short * 16 > w.nnz_qo / 128  # tiles of one head
+    # (wider heads would spill registers together with a window, a cap and sinks)
+    mixed = p.head_dim_qk <= 128 and w.num_short * 16 > w.nnz_qo / 128  # tiles of one head
     pack = group if group > 1 and (w.max_qo_len <= 64 or mixed) else 1
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0, overlap=True)

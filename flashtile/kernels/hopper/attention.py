@@ -124,7 +124,7 @@ def attention_kernel(
             [loader_warps(C), loader_warps(C)],
             [registers(C)[2], registers(C)[2]],
         )
-    else:
+    elif C.consumers == 2:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
@@ -134,6 +134,18 @@ def attention_kernel(
             ],
             [4, loader_warps(C), loader_warps(C)],
             [registers(C)[1], registers(C)[2], registers(C)[2]],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, C)),
+                (consumer, (2, smem, bars, outputs, scales, window, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
+            ],
+            [4, 4, loader_warps(C), loader_warps(C)],
+            [registers(C)[1], registers(C)[1], registers(C)[2], registers(C)[2]],
         )
 
 
@@ -369,8 +381,12 @@ def compile_cases() -> Iterator[CompileCase]:
         "cap.fixed_max": replace(causal, soft_cap=True, fixed_max=True, emulated=2),
         "window.cap.fixed_max": replace(causal, left=True, soft_cap=True, fixed_max=True, emulated=2, aligned=False),
         "emulated": replace(causal, emulated=2, aligned=False),
+        "packed.stages3": replace(
+            causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False
+        ),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
+        "dim64.rows192": replace(causal, d_qk=64, d_vo=64, block_n=64, consumers=3, stages=4, aligned=False),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
         "dim192x128": replace(causal, d_qk=192),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
