@@ -33,8 +33,8 @@ def row_width(x: Tensor, cache: Tensor) -> int:
 def read_append_scales(
     side: str, x: Tensor, cache: Tensor, kv_layout: str, without_page_dim: bool, scale: Scale, zero: Scale
 ) -> AppendScales:
-    """What `{side}_scale` and `{side}_zero` say about rows x [nnz, num_kv_heads, head_dim] on their way into `cache`, an
-    NHD view.
+    """What `{side}_scale` and `{side}_zero` say about rows x [nnz, num_kv_heads, head_dim] on their way into `cache`,
+    an NHD view.
 
     Args:
         kv_layout: of tensors that are written, which are shaped as the cache without head_dim.
@@ -120,11 +120,11 @@ def _written(name: str, factor: Scale, cache: Tensor, kv_layout: str, without_pa
         rows = rows.unsqueeze(-1)
     if rows.dim() != 4 or rows.shape[:-1] != shape or rows.shape[-1] == 0:
         pages, page_size, heads = shape
-        size = (pages, page_size, heads) if kv_layout == "NHD" else (pages, heads, page_size)
+        size = [pages, page_size, heads] if kv_layout == "NHD" else [pages, heads, page_size]
         if without_page_dim:
-            size = (pages, heads)
+            size = [pages, heads]
         raise ValueError(
-            f"{name}: expected {list(size)}, the cache's shape without head_dim, or that and groups of head_dim; got "
+            f"{name}: expected {size}, the cache's shape without head_dim, or that and groups of head_dim; got "
             f"{_kind(factor)}"
         )
     return rows

@@ -1,5 +1,5 @@
-"""Cases of keys and values that are quantised, alone and on their way into the paged cache, and what must hold for each:
-on the CPU, in Triton's interpreter and on a GPU."""
+"""Cases of keys and values that are quantised, alone and on their way into the paged cache, and what must hold for
+each: on the CPU, in Triton's interpreter and on a GPU."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,7 +108,7 @@ def make_factors(case: QuantiseCase, cache: str, table: PageTable, device: str) 
         return None, None
     if not case.written:
         per_head = torch.linspace(0.05, 2.0, 2 * case.num_kv_heads, device=device)[::2]
-        given = {"float": 0.37, "host": torch.tensor(0.37), "one": per_head[:1], "head": per_head}
+        given: dict[str, Factor] = {"float": 0.37, "host": torch.tensor(0.37), "one": per_head[:1], "head": per_head}
         return given[case.scale], None
     groups = 1 if case.scale == "token" else case.head_dim // int(case.scale.removeprefix("group"))
     slot = (case.page_size, case.num_kv_heads) if case.kv_layout == "NHD" else (case.num_kv_heads, case.page_size)
