@@ -73,7 +73,7 @@ def _append_kv(num_tokens: int, device: torch.device) -> tuple[Call, Call | None
 
 
 def _quantising_append(kv_dtype: str, num_tokens: int, device: torch.device, with_rivals: bool) -> Workload:
-    """In one launch; the rival, "steps", calls the quantiser and then plain appends. int4: zero points, groups of 32."""
+    """In one launch; the rival, "steps", is the quantiser and then plain appends. int4: zero points, groups of 32."""
     append, quantise = public("append_paged_kv_cache"), public(f"quantize_kv_{kv_dtype}")
     k, v = (_randn(device, num_tokens, ROPE_HEADS[1], HEAD_DIM) for _ in range(2))
     where, table = _slots(num_tokens, device)
@@ -88,8 +88,8 @@ def _quantising_append(kv_dtype: str, num_tokens: int, device: torch.device, wit
                    for _ in range(2))  # fmt: skip
     written = {"fp8": (), "int8": (scale,), "int4": (scale, zero)}[kv_dtype]
     options = {"fp8": (1.0,), "int8": (), "int4": (32,)}[kv_dtype]
-    factors = {f"{side}_{name}": memory[:, i]
-               for name, memory in zip(("scale", "zero"), written, strict=False) for i, side in enumerate("kv")}  # fmt: skip
+    named = dict(zip(("scale", "zero"), written, strict=False))
+    factors = {f"{side}_{name}": x[:, i] for name, x in named.items() for i, side in enumerate("kv")}
 
     def ours() -> None:
         append(k, v, *where, cache, *table, **factors)
