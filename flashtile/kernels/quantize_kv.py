@@ -6,7 +6,7 @@ bit."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -220,7 +220,7 @@ def quantize_kv(out: Tensor, scale: Tensor | None, zero: Tensor | None, x: Tenso
         return
     tile = _tile(tokens * num_heads, dim)
     unit = alignment(out, x)
-    has_fp8 = _has_fp8(out)
+    has_fp8 = _has_fp8(out.device)
     quantize_kernel[(tile.num_programs(tokens * num_heads),)](
         _storage(out, has_fp8), *(_by_token(f) for f in (scale, zero)), x, _argument(given_scale), tokens * num_heads,
         *strides(out, unit), *strides(x, unit),
@@ -259,7 +259,7 @@ def quantize_append(
         return
     tile = _tile(nnz * num_heads, max(dim_k, dim_v))
     unit = alignment(k_cache, v_cache, append_key, append_value)
-    has_fp8 = _has_fp8(k_cache)
+    has_fp8 = _has_fp8(k_cache.device)
     given = (None if x is None else x.expand(nnz, num_heads) for x in (k_given, v_given))
     formats = ("plain" if x.dtype == append_key.dtype else FORMATS[x.dtype] for x in (k_cache, v_cache))
     k_format, v_format = formats
@@ -281,9 +281,10 @@ def _tile(num_rows: int, dim: int) -> RowTile:
     return row_tile(num_rows, dim, bulk=2048, per_thread=16)
 
 
-def _has_fp8(x: Tensor) -> bool:
-    """Whether x's device converts to fp8: compute capability 8.9 and later do, Triton's interpreter does not."""
-    return x.is_meta or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9))
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    """Whether it converts to fp8: compute capability 8.9 and later do, Triton's interpreter does not exactly."""
+    return device.type == "meta" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def _storage(x: Tensor, has_fp8: bool) -> Tensor:
@@ -324,11 +325,11 @@ def compile_cases() -> Iterator[CompileCase]:
         index = torch.empty(nnz, dtype=torch.int32, device="meta")
         dtypes = {name: narrow for narrow, name in FORMATS.items()} | {"plain": dtype}
         tensors: dict[str, Any] = {"given": torch.empty(heads, device="meta")}
-        for side, cache, dim in zip("kv", caches, dims, strict=True):
-            width = dim // 2 if cache == "int4" else dim
+        for side, kv_format, dim in zip("kv", caches, dims, strict=True):
+            width = dim // 2 if kv_format == "int4" else dim
             rows = (1024, page_size, heads)
-            tensors[side] = torch.empty(*rows, width, dtype=dtypes[cache], device="meta")
-            factors = torch.empty(*rows, groups, device="meta") if groups and cache != "plain" else None
+            tensors[side] = torch.empty(*rows, width, dtype=dtypes[kv_format], device="meta")
+            factors = torch.empty(*rows, groups, device="meta") if groups and kv_format != "plain" else None
             tensors |= {f"{side}_scale": factors, f"{side}_zero": factors if zero else None}
         given = None if groups else tensors["given"]
         launch = partial(

@@ -28,7 +28,7 @@ def test_every_value_in_fp8(dtype: torch.dtype, has_fp8: bool, monkeypatch: pyte
     it."""
     if has_fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9 or later")
-    monkeypatch.setattr(kernels, "_has_fp8", lambda x: has_fp8)
+    monkeypatch.setattr(kernels, "_has_fp8", lambda device: has_fp8)
     x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
     x = x[~x.isnan()].view(-1, 1, 2)
     numbers, want = torch.empty(x.shape, dtype=dtype, device="cuda"), torch.empty(x.shape, dtype=dtype)
