@@ -192,7 +192,8 @@ def _quantise(
                           device=x.device)  # fmt: skip
     if scale is not None:
         used = _given("scale", scale, x)
-        _quantize_kv(numbers, None, None, rows, used.expand(x.shape[:-1]).reshape(rows.shape[:2]))
+        of_rows = (used.reshape(()) if used.numel() == 1 else used).expand(x.shape[:-1])
+        _quantize_kv(numbers, None, None, rows, of_rows.reshape(rows.shape[:2]))
         return numbers.view(x.shape), used, None
     groups = (1,) if group_size is None else (head_dim // group_size,)
     factors = [torch.empty(*rows.shape[:2], *groups, device=x.device) for _ in range(1 if symmetric else 2)]

@@ -222,3 +222,11 @@ def check_quantize_kv(case: FormatCase, device: str) -> None:
         if given is None and got is not None:
             assert got.shape == (want.shape if group_size else want.shape[:-1])
             assert torch.equal(got.cpu().view(want.shape), want)
+
+
+def check_every_value_in_fp8(dtype: torch.dtype, device: str) -> None:
+    """All bf16 values that are numbers, among them ties, subnormals and what saturates."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    x = x[~x.isnan()].view(-1, 1, 2)
+    numbers, _ = quantization.quantize_kv_fp8(x.to(device), 1.0, dtype)
+    assert torch.equal(bits(numbers.cpu()), bits(reference.quantise(x, 1.0, dtype)))
