@@ -15,6 +15,8 @@ def elementwise(case: ElementwiseBench, device: torch.device, overrides: Overrid
     """The workload of one op; PyTorch's own is the rival where it has one."""
     if overrides:
         raise NotAvailable("takes no --config: only attention and sample have one")
+    if case.op.startswith("append_kv_"):
+        return _quantising_append(case.op.removeprefix("append_kv_"), case.num_tokens, device, with_rivals)
     makers = {
         "rmsnorm": _rmsnorm,
         "fused_add_rmsnorm": _fused_add_rmsnorm,
@@ -64,12 +66,49 @@ def _rope(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
 def _append_kv(num_tokens: int, device: torch.device) -> tuple[Call, Call | None]:
     append = public("append_paged_kv_cache")
     k, v = (_randn(device, num_tokens, ROPE_HEADS[1], HEAD_DIM) for _ in range(2))
+    where, table = _slots(num_tokens, device)
+    rows = (len(table[0]), 2, PAGE_SIZE, ROPE_HEADS[1])
+    cache = torch.zeros(*rows, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    return lambda: append(k, v, *where, cache, *table), None
+
+
+def _quantising_append(kv_dtype: str, num_tokens: int, device: torch.device, with_rivals: bool) -> Workload:
+    """In one launch; the rival, "steps", is the quantiser and then plain appends. int4: zero points, groups of 32."""
+    append, quantise = public("append_paged_kv_cache"), public(f"quantize_kv_{kv_dtype}")
+    k, v = (_randn(device, num_tokens, ROPE_HEADS[1], HEAD_DIM) for _ in range(2))
+    where, table = _slots(num_tokens, device)
+    dtype, width = {
+        "fp8": (torch.float8_e4m3fn, HEAD_DIM),
+        "int8": (torch.int8, HEAD_DIM),
+        "int4": (torch.uint8, HEAD_DIM // 2),
+    }[kv_dtype]
+    rows = (len(table[0]), 2, PAGE_SIZE, ROPE_HEADS[1])
+    cache = torch.zeros(*rows, width, dtype=dtype, device=device)
+    scale, zero = (torch.zeros(*rows, {"int8": 1, "int4": HEAD_DIM // 32}.get(kv_dtype, 0), device=device)
+                   for _ in range(2))  # fmt: skip
+    written = {"fp8": (), "int8": (scale,), "int4": (scale, zero)}[kv_dtype]
+    options = {"fp8": (1.0,), "int8": (), "int4": (32,)}[kv_dtype]
+    named = dict(zip(("scale", "zero"), written, strict=False))
+    factors = {f"{side}_{name}": x[:, i] for name, x in named.items() for i, side in enumerate("kv")}
+
+    def ours() -> None:
+        append(k, v, *where, cache, *table, **factors)
+
+    def steps() -> None:
+        results = zip(quantise(k, *options), quantise(v, *options), strict=True)
+        for memory, (of_k, of_v) in zip((cache, *written), results, strict=False):
+            shape = (num_tokens, *memory.shape[3:])
+            append(of_k.view(shape), of_v.view(shape), *where, memory, *table)
+
+    return Workload({"flashtile": ours}, {"steps": steps} if with_rivals else {})
+
+
+def _slots(num_tokens: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """(batch_indices, positions) and (kv_indices, kv_indptr, kv_last_page_len) of requests on scattered pages."""
     length = min(num_tokens, TOKENS_PER_REQUEST)
     batch_size, pages = num_tokens // length, -(-length // PAGE_SIZE)
-    cache = torch.zeros(batch_size * pages, 2, PAGE_SIZE, ROPE_HEADS[1], HEAD_DIM, dtype=torch.bfloat16, device=device)
     tokens = torch.arange(num_tokens, dtype=torch.int32, device=device)
     indices = torch.randperm(batch_size * pages, device=device).int()
     indptr = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * pages
     last_page_len = torch.full((batch_size,), length - (pages - 1) * PAGE_SIZE, dtype=torch.int32, device=device)
-    where = (tokens // length, tokens % length)
-    return lambda: append(k, v, *where, cache, indices, indptr, last_page_len), None
+    return (tokens // length, tokens % length), (indices, indptr, last_page_len)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from flashtile import checks, library
-from flashtile.attention import split_paged_cache
+from flashtile.attention import split_paged_cache, without_page_dim
+from flashtile.page_scales import read_append_scales, row_width
+from flashtile.plan.problem import FORMATS
 from flashtile.plan.worklist import Ints
+from flashtile.scales import Scale
 
 FrozenInts = tuple[str, bytes]  # dtype and bytes of an index tensor: a key to remember it by
 
@@ -18,6 +21,13 @@ _append = library.launcher(
     "page",
     "append_paged_kv_cache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor append_key, Tensor append_value,"
     " Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr) -> ()",
+)
+_quantize_append = library.launcher(
+    "quantize_kv",
+    "quantize_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
+    " Tensor(e!)? k_zero, Tensor(f!)? v_zero, Tensor append_key, Tensor append_value, Tensor? k_given, Tensor? v_given,"
+    " float k_divisor, float v_divisor, Tensor batch_indices, Tensor positions, Tensor kv_indices, Tensor kv_indptr)"
+    " -> ()",
 )
 _batch_indices_positions = library.launcher(
     "page",
@@ -36,38 +46,75 @@ def append_paged_kv_cache(
     kv_indptr: Tensor,
     kv_last_page_len: Tensor,
     kv_layout: str = "NHD",
+    *,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    k_zero: Scale = None,
+    v_zero: Scale = None,
 ) -> None:
     """Write the keys and values of new tokens to their slots of a paged cache, in place; nothing else changes.
+
+    A cache in fp8, int8 or int4 (uint8, two to a byte) takes fp16, bf16 and fp32 rows too, quantised on their way in
+    one launch: what is stored is, bit by bit, what `quantize_kv_fp8`, `quantize_kv_int8` and `quantize_kv_int4` return.
+    Scales and zero points have the names and shapes that attention's run() takes.
 
     Index tensors are int32 or int64. On CUDA their values are not read by the host: a token out of range is skipped.
 
     Args:
-        append_key: [nnz, num_kv_heads, head_dim], of the cache's dtype; any strides, the last dimension contiguous.
-        append_value: [nnz, num_kv_heads, head_dim_vo].
+        append_key: [nnz, num_kv_heads, head_dim], of the cache's dtype, or fp16, bf16 or fp32 if that is narrow; any
+            strides, the last dimension contiguous.
+        append_value: [nnz, num_kv_heads, head_dim_vo], of the same dtype.
         batch_indices: [nnz], the request of each token, in any order.
         positions: [nnz], its position in that request's KV; gaps are allowed.
         paged_kv_cache: (k, v), each [num_pages, page_size, num_kv_heads, head_dim] (NHD) or
             [num_pages, num_kv_heads, page_size, head_dim] (HND), or one tensor [num_pages, 2, ...]; any strides, the
-            last dimension contiguous. With page_size 1 the page dimension may be left out.
+            last dimension contiguous. With page_size 1 the page dimension may be left out. int4: head_dim / 2 bytes.
+            k and v of a tuple may differ in format.
         kv_indices: page ids of all requests.
         kv_indptr: [batch_size + 1], offsets of each request in kv_indices; the pages of new tokens are counted.
         kv_last_page_len: [batch_size], tokens in each last page, new ones counted.
         kv_layout: "NHD" or "HND".
+        k_scale: a number, or a tensor of one value or [num_kv_heads]: keys are divided by it (fp8, int8). A tensor
+            shaped as the cache without head_dim, fp32, any strides: each row's own scale is written to it; for int8 and
+            int4 its last dimension may be the groups of 32, 64 or 128 elements of head_dim that have one each. fp8 may
+            go without: 1. Only for rows that are quantised.
+        v_scale: likewise, of values.
+        k_zero: a tensor shaped as a k_scale that is written: zero points are written to it (int8, int4). Without it
+            numbers are symmetric.
+        v_zero: likewise, of values.
 
     Raises:
         KeyError: unknown kv_layout, or paged_kv_cache is neither a tensor nor a tuple.
-        ValueError: a shape, dtype, device or stride that does not fit; on host tensors also a request, position or
-            page out of range.
+        TypeError: a scale that is neither a number nor a tensor.
+        ValueError: a shape, dtype, device or stride that does not fit, or a scale that is missing or of no use; on host
+            tensors also a request, position or page out of range.
     """
     checks.check_layout(kv_layout)
     k_cache, v_cache = split_paged_cache(paged_kv_cache, kv_layout)
-    checks.check_shape("append_key", append_key, ("nnz", *k_cache.shape[2:]))
-    checks.check_shape("append_value", append_value, (append_key.shape[0], *v_cache.shape[2:]))
-    caches = {"paged_kv_cache (k)": k_cache, "paged_kv_cache (v)": v_cache}
-    _check_rows({"append_key": append_key, "append_value": append_value} | caches)
-    nnz, device, size = append_key.shape[0], append_key.device, k_cache.shape[:2]
+    checks.check_tensor("append_key", append_key)
+    checks.check_tensor("append_value", append_value)
+    size, heads = k_cache.shape[:2], k_cache.shape[2]
+    checks.check_shape("paged_kv_cache (v)", v_cache, (*size, heads, "head_dim_vo"))
+    checks.check_shape("append_key", append_key, ("nnz", heads, row_width(append_key, k_cache)))
+    checks.check_shape("append_value", append_value, (append_key.shape[0], heads, row_width(append_value, v_cache)))
+    _check_rows({"append_key": append_key, "append_value": append_value})
+    dtypes = (append_key.dtype, *(FORMATS if append_key.dtype in checks.FLOAT_DTYPES else ()))
+    for name, cache in (("paged_kv_cache (k)", k_cache), ("paged_kv_cache (v)", v_cache)):
+        checks.check_dtype(name, cache, dtypes)
+        checks.check_device(name, cache, append_key.device)
+        checks.check_inner_contiguous(name, cache)
+    short = without_page_dim(paged_kv_cache)
+    k = read_append_scales("k", append_key, k_cache, kv_layout, short, k_scale, k_zero)
+    v = read_append_scales("v", append_value, v_cache, kv_layout, short, v_scale, v_zero)
+    nnz, device = append_key.shape[0], append_key.device
     indices = check_append(nnz, device, batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len, size)
-    _append(k_cache, v_cache, append_key, append_value, *indices)
+    if k_cache.dtype == v_cache.dtype == append_key.dtype:
+        _append(k_cache, v_cache, append_key, append_value, *indices)
+    else:
+        _quantize_append(
+            k_cache, v_cache, k.scale, v.scale, k.zero, v.zero, append_key, append_value,
+            k.given, v.given, k.divisor, v.divisor, *indices,
+        )  # fmt: skip
 
 
 def append_paged_mla_kv_cache(

@@ -14,6 +14,10 @@ _segment_packbits = library.launcher(
     "quantization",
     "segment_packbits(Tensor(a!) out, Tensor x, Tensor indptr, Tensor out_indptr, bool little) -> ()",
 )
+_quantize_kv = library.launcher(
+    "quantize_kv",
+    "quantize_kv(Tensor(a!) out, Tensor(b!)? scale, Tensor(c!)? zero, Tensor x, Tensor? given_scale) -> ()",
+)
 
 
 def packbits(x: Tensor, bitorder: str = "big") -> Tensor:
@@ -95,7 +99,7 @@ def quantize_kv_fp8(
     """Keys or values in fp8: numbers x / scale, saturated.
 
     Args:
-        x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32.
+        x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32; finite, unless the scale is given.
         scale: one value, [num_kv_heads] or [..., num_kv_heads]; default: per row, so that its largest element is the
             format's largest.
         dtype: torch.float8_e4m3fn or torch.float8_e5m2.
@@ -106,42 +110,37 @@ def quantize_kv_fp8(
     Raises:
         ValueError: another dtype or shape.
     """
-    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
     if dtype not in checks.FP8_DTYPES:
         raise ValueError(f"dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
-    top = torch.finfo(dtype).max
-    values = x.float()
-    used = _row_scale(values.abs().amax(-1), top) if scale is None else _given("scale", scale, values)
-    return (values / _per_element(used, values)).clamp(-top, top).to(dtype), used
+    numbers, used, _ = _quantise(x, dtype, scale, None, symmetric=True)
+    return numbers, used
 
 
 def quantize_kv_int8(
-    x: Tensor, scale: float | Tensor | None = None, symmetric: bool = True
+    x: Tensor, scale: float | Tensor | None = None, symmetric: bool = True, group_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys or values in int8: numbers round(x / scale + zero), saturated.
 
     Args:
-        x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32.
-        scale: one value, [num_kv_heads] or [..., num_kv_heads], for symmetric numbers; default: per row, from its
-            largest element.
-        symmetric: without a zero point. Otherwise the row's smallest element becomes -128 and its largest 127.
+        x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32, finite.
+        scale: one value, [num_kv_heads] or [..., num_kv_heads], for symmetric numbers; default: per row or group, from
+            its largest element.
+        symmetric: without a zero point. Otherwise a group's smallest element becomes -128 and its largest 127.
+        group_size: elements of a row that share a scale: 32, 64, 128; default: the whole row.
 
     Returns:
-        The numbers, shaped as x; the scale, fp32; and the zero point, [..., num_kv_heads] fp32, or None.
+        The numbers, shaped as x; the scale, fp32; and the zero point, shaped as the scale, or None. Unless the scale is
+        given, its shape is [..., num_kv_heads], with group_size [..., num_kv_heads, head_dim / group_size].
 
     Raises:
-        ValueError: another dtype or shape, or a scale without symmetric.
+        ValueError: another dtype or shape, a head_dim that cannot be cut into groups, or a scale with group_size or
+            without symmetric.
     """
-    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
-    values = x.float()
-    if not symmetric:
-        if scale is not None:
-            raise ValueError("scale: given numbers are symmetric; leave it out, or pass symmetric=True")
-        used, zero = _affine(values, -128, 127)
-        numbers = values / used[..., None] + zero[..., None]
-        return numbers.round().clamp(-128, 127).to(torch.int8), used, zero
-    used = _row_scale(values.abs().amax(-1), 127) if scale is None else _given("scale", scale, values)
-    return (values / _per_element(used, values)).round().clamp(-127, 127).to(torch.int8), used, None
+    if scale is not None and not symmetric:
+        raise ValueError("scale: given numbers are symmetric; leave it out, or pass symmetric=True")
+    if scale is not None and group_size is not None:
+        raise ValueError(f"scale: expected None with group_size {group_size}, whose groups have scales of their own")
+    return _quantise(x, torch.int8, scale, group_size, symmetric)
 
 
 def quantize_kv_int4(
@@ -150,7 +149,7 @@ def quantize_kv_int4(
     """Keys or values in int4, two to a byte along head_dim, the first in the lower bits.
 
     Args:
-        x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32.
+        x: [..., num_kv_heads, head_dim], fp16, bf16 or fp32, finite.
         group_size: elements of a row that share a scale: 32, 64, 128; default: the whole row.
         symmetric: numbers around 8, without a zero point. Otherwise a group's smallest element becomes 0 and its
             largest 15.
@@ -162,26 +161,46 @@ def quantize_kv_int4(
     Raises:
         ValueError: another dtype, or a head_dim that cannot be packed or cut into groups.
     """
-    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
-    head_dim = x.shape[-1]
+    return _quantise(x, torch.uint8, None, group_size, symmetric)
+
+
+def check_packed_dim(name: str, head_dim: int) -> None:
+    """ValueError for a head_dim that attention does not read from packed int4."""
     if head_dim % 8:
-        raise ValueError(f"x: expected a head_dim that is a multiple of 8, got {head_dim}; pad the heads")
+        raise ValueError(f"{name}: expected a head_dim that is a multiple of 8, got {head_dim}; pad the heads")
+
+
+def _quantise(
+    x: Tensor, dtype: torch.dtype, scale: float | Tensor | None, group_size: int | None, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Numbers of `dtype` (uint8: two int4 a byte), scale and zero point of x [..., num_kv_heads, head_dim]."""
+    checks.check_tensor("x", x)
+    checks.check_dtype("x", x, checks.FLOAT_DTYPES)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape [..., num_kv_heads, head_dim], got {list(x.shape)}")
+    head_dim = x.shape[-1]
+    if dtype == torch.uint8:
+        check_packed_dim("x", head_dim)
     if group_size is not None and (group_size not in KV_GROUP_SIZES or head_dim % group_size):
         raise ValueError(
             f"group_size: expected one of {KV_GROUP_SIZES} that divides head_dim {head_dim}, got {group_size}; "
             "leave it out for one scale per row"
         )
-    values = x.float()
-    if group_size is not None:
-        values = values.unflatten(-1, (-1, group_size))
-    if symmetric:
-        scale, zero = _row_scale(values.abs().amax(-1), 7), None
-        numbers = values / scale[..., None] + 8
-    else:
-        scale, zero = _affine(values, 0, 15)
-        numbers = values / scale[..., None] + zero[..., None]
-    numbers = numbers.round().clamp(0, 15).to(torch.uint8).view(*x.shape[:-1], head_dim // 2, 2)
-    return numbers[..., 0] | numbers[..., 1] << 4, scale, zero
+    rows = x.flatten(0, -3) if x.dim() > 2 else x.unsqueeze(0)  # [tokens, num_kv_heads, head_dim]
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    numbers = torch.empty(*rows.shape[:2], head_dim // 2 if dtype == torch.uint8 else head_dim, dtype=dtype,
+                          device=x.device)  # fmt: skip
+    if scale is not None:
+        used = _given("scale", scale, x)
+        of_rows = (used.reshape(()) if used.numel() == 1 else used).expand(x.shape[:-1])
+        _quantize_kv(numbers, None, None, rows, of_rows.reshape(rows.shape[:2]))
+        return numbers.view(x.shape), used, None
+    groups = (1,) if group_size is None else (head_dim // group_size,)
+    factors = [torch.empty(*rows.shape[:2], *groups, device=x.device) for _ in range(1 if symmetric else 2)]
+    _quantize_kv(numbers, factors[0], None if symmetric else factors[1], rows, None)
+    shape = x.shape[:-1] if group_size is None else (*x.shape[:-1], *groups)
+    used, *zero = (f.view(shape) for f in factors)
+    return numbers.view(*x.shape[:-1], numbers.shape[-1]), used, zero[0] if zero else None
 
 
 def dequantize_kv_fp8(x: Tensor, scale: float | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -220,21 +239,12 @@ def dequantize_kv(x: Tensor, scale: float | Tensor | None, zero: float | Tensor 
     return values if scale is None else values * _per_element(scale, values)
 
 
-def _row_scale(largest: Tensor, top: float) -> Tensor:
-    """largest / top; 1 for a row of zeros."""
-    return torch.where(largest > 0, largest / top, 1.0)
-
-
-def _affine(values: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [...] that map the range of values [..., n] to numbers low..high."""
-    smallest, largest = values.aminmax(dim=-1)
-    scale = _row_scale(largest - smallest, high - low)
-    return scale, low - smallest / scale
-
-
 def _given(name: str, scale: float | Tensor, values: Tensor) -> Tensor:
     """A scale that came from outside, as an fp32 tensor on the device of values [..., num_kv_heads, head_dim]."""
-    used = torch.as_tensor(scale, dtype=torch.float32, device=values.device)
+    if isinstance(scale, Tensor):
+        used = scale.to(values.device, torch.float32)
+    else:
+        used = torch.full((), scale, dtype=torch.float32, device=values.device)
     if used.numel() != 1 and tuple(used.shape) not in (tuple(values.shape[-2:-1]), tuple(values.shape[:-1])):
         raise ValueError(
             f"{name}: expected one value, {list(values.shape[-2:-1])} or {list(values.shape[:-1])}, "

@@ -23,10 +23,10 @@ TOP_K = "deterministic=False, tie_break=0, dsa_graph_safe=False"
 GEMM = "a, b, c=None, alpha=1.0, beta=0.0, out_dtype=None"
 
 SIGNATURES = {
-    # page
+    # page; the scales and zero points are ours
     "append_paged_kv_cache": (
         "append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, "
-        "kv_layout='NHD'"
+        "kv_layout='NHD', *, k_scale=None, v_scale=None, k_zero=None, v_zero=None"
     ),
     "append_paged_mla_kv_cache": (
         "append_ckv, append_kpe, batch_indices, positions, ckv_cache, kpe_cache, kv_indices, kv_indptr, "

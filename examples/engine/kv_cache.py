@@ -99,15 +99,13 @@ class KVCache:
         # attention over a cache that is not quantised wants queries of the same dtype
         self.query_dtype = self.dtype if self.dtype.itemsize > 1 else model_dtype
         self.name = str(model_dtype).removeprefix("torch.") if kv_dtype == "auto" else kv_dtype
-        self._group = INT4_GROUP if head_dim % INT4_GROUP == 0 else None
-        self._num_groups = head_dim // (self._group or head_dim)
+        self._num_groups = head_dim // INT4_GROUP if head_dim % INT4_GROUP == 0 else 1
         num_factors = {torch.int8: 1, torch.uint8: 2 * self._num_groups}.get(self.dtype, 0)
         rows = (num_layers, num_pages, 2, page_size, num_kv_heads)
         width = head_dim // 2 if self.dtype == torch.uint8 else head_dim
         self.data = torch.empty(*rows, width, dtype=self.dtype, device=device)
         self.factors = torch.empty(*rows, num_factors, device=device) if num_factors else None
         self.key_transforms: list[KeyTransform] | None = None  # of each layer; one that is missing is fitted
-        self._one = torch.ones((), device=device)
 
     def __str__(self) -> str:
         size = f"{self.num_bytes / 2**20:.1f} MiB in {self.pool.num_pages} pages of {self.page_size}"
@@ -133,18 +131,17 @@ class KVCache:
                 self.key_transforms.append(KeyTransform.fit(k, q, self._num_groups))
             transform = self.key_transforms[layer]
             q, k = transform.queries(q), transform.keys(k)
-        if self.dtype.itemsize > 1:  # not quantised
-            self._write(self.data[layer], slots, k.to(self.dtype), v.to(self.dtype))
-        else:
-            numbers, factors = self._quantise(torch.stack([k, v], 1))
-            self._write(self.data[layer], slots, *numbers.unbind(1))
-            if self.factors is not None and factors is not None:
-                self._write(self.factors[layer], slots, *factors.unbind(1))
+        cache, factors = self.layer(layer)
+        rows = k.dtype if self.dtype.itemsize == 1 else self.dtype  # rows of another dtype are quantised on their way
+        flashtile.append_paged_kv_cache(
+            k.to(rows), v.to(rows), slots.batch_indices, slots.positions, cache, slots.kv_indices, slots.kv_indptr,
+            slots.last_page_len, "NHD", **factors,
+        )  # fmt: skip
         return q.to(self.query_dtype)
 
     def layer(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """What attention over one layer reads: the cache [num_pages, 2, page_size, num_kv_heads, ...], and the scales
-        and zero points by the names of run()'s arguments. Views."""
+        """What attention over one layer reads and append writes: the cache [num_pages, 2, page_size, num_kv_heads,
+        ...], and the scales and zero points by the names of their arguments. Views."""
         if self.factors is None:
             return self.data[index], {}
         k, v = self.factors[index].unbind(1)
@@ -152,19 +149,3 @@ class KVCache:
             return self.data[index], {"k_scale": k, "v_scale": v}
         (k_scale, k_zero), (v_scale, v_zero) = k.chunk(2, -1), v.chunk(2, -1)
         return self.data[index], {"k_scale": k_scale, "v_scale": v_scale, "k_zero": k_zero, "v_zero": v_zero}
-
-    def _quantise(self, kv: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Numbers of the cache's dtype [..., width] and their factors [..., num_factors]."""
-        if self.dtype == torch.int8:
-            numbers, scale, _ = flashtile.quantize_kv_int8(kv)
-            return numbers, scale[..., None]
-        if self.dtype == torch.uint8:
-            numbers, scale, zero = flashtile.quantize_kv_int4(kv, self._group)
-            assert zero is not None  # None only where symmetric
-            return numbers, torch.cat([x.view(*kv.shape[:-1], -1) for x in (scale, zero)], -1)
-        return flashtile.quantize_kv_fp8(kv, self._one, self.dtype)[0], None
-
-    def _write(self, cache: Tensor, slots: Slots, k: Tensor, v: Tensor) -> None:
-        flashtile.append_paged_kv_cache(
-            k, v, slots.batch_indices, slots.positions, cache, slots.kv_indices, slots.kv_indptr, slots.last_page_len
-        )

@@ -1,4 +1,4 @@
-"""What turns the numbers of a cache into keys and values: the scales and zero points of one layer."""
+"""What turns the numbers of a cache into keys and values, and back: the scales and zero points of one layer."""
 
 from dataclasses import dataclass
 
@@ -34,3 +34,25 @@ class Scales:
 
 
 NO_SCALES = Scales()
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers low..high of a format. Without a zero point they lie around `middle`, and the largest element of a
+    group becomes one that is `top` away from it."""
+
+    low: float
+    high: float
+    middle: float
+    top: float
+
+
+# (format of plan/problem.py, with a zero point: so that all numbers are used) -> its numbers
+NUMBERS = {
+    ("e4m3", False): Numbers(-448.0, 448.0, 0.0, 448.0),
+    ("e5m2", False): Numbers(-57344.0, 57344.0, 0.0, 57344.0),
+    ("int8", False): Numbers(-127.0, 127.0, 0.0, 127.0),
+    ("int8", True): Numbers(-128.0, 127.0, 0.0, 127.0),
+    ("int4", False): Numbers(0.0, 15.0, 8.0, 7.0),
+    ("int4", True): Numbers(0.0, 15.0, 8.0, 7.0),
+}

@@ -50,3 +50,36 @@ def dequantise_kv(x: Tensor, scale: Tensor | float = 1.0, zero: Tensor | float |
         return f if f.numel() == 1 else f[..., None]
 
     return (numbers - spread(zero)) * spread(scale)
+
+
+def quantise_kv(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None = None, groups: int = 1, affine: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [..., dim] for a cache of `dtype` (uint8: two int4 to a byte), each group of dims by itself, in fp32.
+
+    scale: one, or one for each row; None: so that the element farthest from 0 becomes the largest number, 448, 57344,
+    127 or 7, or with `affine`, that the smallest element becomes the lowest number and the largest the highest. Returns
+    numbers; scales and zero points [..., groups].
+    """
+    low, high, top, middle = {
+        torch.float8_e4m3fn: (-448, 448, 448, 0),
+        torch.float8_e5m2: (-57344, 57344, 57344, 0),
+        torch.int8: (-128 if affine else -127, 127, 127, 0),
+        torch.uint8: (0, 15, 7, 8),
+    }[dtype]
+    rows = x.float().reshape(-1, groups, x.shape[-1] // groups)
+    given = None if scale is None else scale.float().expand(x.shape[:-1]).reshape(-1)
+    numbers, scales, zeros = torch.empty_like(rows), torch.empty(rows.shape[:2]), torch.empty(rows.shape[:2])
+    for r, g in ((r, g) for r in range(rows.shape[0]) for g in range(groups)):
+        group = rows[r, g]
+        size = group.max() - group.min() if affine else group.abs().max()
+        s = size / (high - low if affine else top) if given is None else given[r]
+        s = s if s > 0 else torch.tensor(1.0)
+        z = low - group.min() / s if affine else torch.tensor(float(middle))
+        n = group / s if dtype.is_floating_point else (group / s + z).round()
+        numbers[r, g], scales[r, g], zeros[r, g] = n.clamp(low, high), s, z
+    stored = numbers.reshape(x.shape).to(dtype)
+    if dtype == torch.uint8:
+        stored = stored[..., 0::2] + 16 * stored[..., 1::2]
+    shape = (*x.shape[:-1], groups)
+    return stored, scales.reshape(shape), zeros.reshape(shape)

@@ -164,6 +164,10 @@ class ElementwiseBench:
             "silu_and_mul": 3 * HIDDEN_SIZE * BF16_BYTES,
             "rope": 2 * heads * BF16_BYTES + HEAD_DIM * 4,  # and one row of the fp32 cos/sin cache
             "append_kv": 2 * 2 * ROPE_HEADS[1] * HEAD_DIM * BF16_BYTES,
+            # read in bf16; written with a scale of each row in int8, and one and a zero point of 32 dims in int4
+            "append_kv_fp8": 2 * ROPE_HEADS[1] * HEAD_DIM * (BF16_BYTES + 1),
+            "append_kv_int8": 2 * ROPE_HEADS[1] * (HEAD_DIM * (BF16_BYTES + 1) + 4),
+            "append_kv_int4": 2 * ROPE_HEADS[1] * (HEAD_DIM * BF16_BYTES + HEAD_DIM // 2 + 2 * 4 * HEAD_DIM // 32),
         }
         return per_token[self.op] * self.num_tokens
 
@@ -222,6 +226,7 @@ _SELF = rf"{_BATCH}\.s(?P<kv_len>\d+)\.{_HEADS}\.(?P<mask>causal|full)"
 _ENCODING = r"(?:\.(?P<encoding>rope|alibi))?"
 _DIMS = r"(?:\.d(?P<head_dim>\d+)(?:/(?P<head_dim_vo>\d+))?)?"
 _VARIANT = r"(?:\.(?P<variant>cap|window|sinks))?"
+_ELEMENTWISE = r"rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv(?:_fp8|_int8|_int4)?"
 _KV = r"(?P<kv_dtype>bf16|fp8|int8|int4)"
 # area -> the class of its cases and the form of their names; a group is named for the field that it fills
 _FORMS: dict[str, tuple[type[BenchCase], str]] = {
@@ -231,7 +236,7 @@ _FORMS: dict[str, tuple[type[BenchCase], str]] = {
     "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}{_ENCODING}"),
     "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_KV}\.{_PAGE}{_ENCODING}"),
     "mla": (MlaBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.h(?P<num_heads>\d+)\.{_PAGE}"),
-    "elem": (ElementwiseBench, r"(?P<op>rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv)\.t(?P<num_tokens>\d+)"),
+    "elem": (ElementwiseBench, rf"(?P<op>{_ELEMENTWISE})\.t(?P<num_tokens>\d+)"),
     "sample": (SamplingBench, rf"(?P<op>sample|top_p|top_k_top_p\.(joint|first))\.{_BATCH}\.v(?P<vocab_size>\d+)"),
     "gemm": (GemmBench, r"(?P<op>grouped|bmm_fp8)\.g(?P<groups>\d+)\.m(?P<rows>\d+)\.k(?P<d_in>\d+)\.n(?P<d_out>\d+)"),
 }
@@ -302,4 +307,6 @@ GEMM_NAMES = (
     *(f"gemm/bmm_fp8.g{g}.m{m}.k{k}.n{n}" for g, m, k, n in ((1, 8192, 8192, 8192), (16, 512, 4096, 4096))),
     "gemm/bmm_fp8.g16.m48.k1024.n1024",
 )
-EXTRA_NAMES = (*PREFILL_NAMES, *APPEND_NAMES, *DECODE_NAMES, *ENCODING_NAMES, *GEMM_NAMES)
+# Appends that quantise.
+QUANTISE_NAMES = tuple(f"elem/append_kv_{kv}.t{n}" for kv in ("fp8", "int8", "int4") for n in (1, 128, 4096, 16384))
+EXTRA_NAMES = (*PREFILL_NAMES, *APPEND_NAMES, *DECODE_NAMES, *ENCODING_NAMES, *GEMM_NAMES, *QUANTISE_NAMES)

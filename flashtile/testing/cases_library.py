@@ -17,6 +17,7 @@ Args = tuple[Any, ...]
 LENGTHS = (11, 2, 3, 5, 8, 64, 100, 999)  # the first is no other size: torch.compile takes equal sizes for one
 FP8 = torch.float8_e4m3fn
 EPS = 1e-6
+FACTORS = ("k_scale", "v_scale", "k_zero", "v_zero")
 
 
 def registered_ops() -> set[str]:
@@ -84,8 +85,21 @@ def _cache_ops(device: str) -> dict[str, list[Args]]:
     ints = partial(torch.tensor, dtype=torch.int32, device=device)
     out, flags = torch.empty(5, dtype=torch.int32, device=device), randn(9, device=device) > 0
     packed = torch.empty(2, dtype=torch.uint8, device=device)
+    where = ints([0, 0]), ints([0, 1]), ints([3]), ints([0, 1])
+    int8, int4 = (torch.zeros(4, 2, 1, *n, device=device).to(t) for n, t in (((8,), torch.int8), ((4,), torch.uint8)))
+    written, factors = torch.ones(4, 4, 2, 1, 1, device=device), torch.ones(2, 2, 1, 1, device=device)
+    one = torch.ones(1, device=device)
     return {
-        "append_paged_kv_cache": [(*caches, new, new, ints([0, 0]), ints([0, 1]), ints([3]), ints([0, 1]))],
+        "append_paged_kv_cache": [(*caches, new, new, *where)],
+        "quantize_append": [
+            (int8, int4, *written, new, new, None, None, 1.0, 1.0, *where),
+            (int8, int8.clone(), None, written[0], None, None, new, new, one, None, 1.0, 1.0, *where),
+            (int8, caches[0], None, None, None, None, new, new, None, None, 0.5, 1.0, *where),
+        ],
+        "quantize_kv": [
+            (int4[0], *factors, new, None),
+            (int8[0], None, None, new, one.expand(2, 1)),
+        ],
         "get_batch_indices_positions": [(out, out.clone(), ints([0, 2, 5]), ints([4, 3]))],
         "packbits": [(packed, flags, True)],
         "segment_packbits": [(packed, flags, ints([0, 5, 9]), ints([0, 1, 2]), False)],
@@ -184,7 +198,7 @@ def _bits(x: Any) -> list[Tensor]:
 def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[[int], Args]]]:
     """Name -> a call of public functions, and its arguments for n tokens (or rows)."""
     weight, table, pages = randn(64, device=device), randn(1000, 64, device=device), 1000
-    seed = torch.tensor([7], device=device)
+    seed, scale = torch.tensor([7], device=device), torch.tensor(0.25, device=device)
     rows = partial(randn, device=device)
 
     def ints(*values: int) -> Tensor:
@@ -283,6 +297,24 @@ def compiled_calls(device: str) -> dict[str, tuple[Callable[..., Any], Callable[
             lambda k, i, p, cache: flashtile.append_paged_kv_cache(k, k, i, p, cache, page_list, indptr, one),
             lambda n: (rows(n, 2, 64), *slots(n), torch.stack([cache(2, 64)] * 2, 1)),
         ),
+        "append_paged_kv_cache, int4": (
+            lambda k, i, p, cache, *factors: flashtile.append_paged_kv_cache(
+                k, k, i, p, cache, page_list, indptr, one, **dict(zip(FACTORS, factors, strict=True))
+            ),
+            lambda n: (
+                rows(n, 2, 64), *slots(n), torch.stack([cache(2, 32).to(torch.uint8)] * 2, 1),
+                *(cache(2, 2) for _ in FACTORS),
+            ),
+        ),
+        "append_paged_kv_cache, fp8": (
+            lambda k, i, p, k_cache, v_cache: flashtile.append_paged_kv_cache(
+                k, k, i, p, (k_cache, v_cache), page_list, indptr, one, k_scale=0.5, v_scale=scale
+            ),
+            lambda n: (rows(n, 2, 64), *slots(n), *(cache(2, 64).to(FP8) for _ in range(2))),
+        ),
+        "quantize_kv_fp8": (flashtile.quantize_kv_fp8, lambda n: (rows(n, 2, 64),)),
+        "quantize_kv_int8": (lambda x: flashtile.quantize_kv_int8(x, 0.5)[0], lambda n: (rows(n, 2, 64),)),
+        "quantize_kv_int4": (lambda x: flashtile.quantize_kv_int4(x, 32), lambda n: (rows(n, 2, 64),)),
         "append_paged_mla_kv_cache": (
             lambda ckv, kpe, i, p, cache, rest: flashtile.append_paged_mla_kv_cache(
                 ckv, kpe, i, p, cache, rest, page_list, indptr, one

@@ -15,6 +15,7 @@ _TYPES = {
     torch.float8_e5m2: "fp8e5",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
@@ -50,7 +51,7 @@ def recordings(
 
 
 def _case(name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fields: dict[str, Any]) -> CompileCase:
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constexprs: dict[str, Any] = {}
     aligned: list[str] = []
     options = {k: kwargs.pop(k) for k in [*kwargs] if k not in kernel.arg_names}
@@ -60,12 +61,20 @@ def _case(name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
         specialise = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
             constexprs[parameter.name] = value
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(_type(part) for part in value)
         elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
+            signature[parameter.name] = _type(value)
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            signature[parameter.name] = _type(value)
             aligned += [parameter.name] if specialise and value % 16 == 0 else []
     own = {k: options.pop(k) for k in _OPTIONS if k in options}
     return CompileCase(name, kernel, signature, constexprs, aligned=tuple(aligned), options=options, **own, **fields)
+
+
+def _type(value: torch.Tensor | int) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    return "i32" if abs(value) < 2**31 else "i64"

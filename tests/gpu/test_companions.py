@@ -24,6 +24,7 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
     pos_ids, table = torch.arange(TOKENS, device=device), torch.randn(TOKENS, size, device=device)
     index = torch.zeros(TOKENS, dtype=torch.int32, device=device)
     cache = torch.zeros(4, 2, 16, 2, size, dtype=half, device=device)
+    int8_cache, scales = cache.to(torch.int8), torch.zeros(4, 2, 16, 2, device=device)
     fp8_cache = tuple(cache.to(torch.float8_e4m3fn).unbind(1))
     indptr, one = (torch.tensor(ints, dtype=torch.int32, device=device) for ints in ([0, 1], [TOKENS]))
     lens = torch.tensor([0, TOKENS], dtype=torch.int32, device=device)
@@ -45,6 +46,11 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
             q, k, None, None, k, table, pos_ids, fp8_cache, index, indptr, index, pos_ids
         ),
         "append": lambda: f.page.append_paged_kv_cache(k, k, index, pos_ids, cache, index, indptr, one),
+        "append, quantised": lambda: f.page.append_paged_kv_cache(
+            k, k, index, pos_ids, int8_cache, index, indptr, one, k_scale=scales[:, 0], v_scale=scales[:, 1]
+        ),
+        "quantize_kv_fp8": lambda: f.quantization.quantize_kv_fp8(k, 0.5),
+        "quantize_kv_int4": lambda: f.quantization.quantize_kv_int4(k, 32),
         "get_batch_indices_positions": lambda: f.page.get_batch_indices_positions(lens, one, TOKENS),
         "merge_state": lambda: f.cascade.merge_state(v[:, 0], s[:, 0], v[:, 1], s[:, 1]),
         "merge_states": lambda: f.cascade.merge_states(v, s),
