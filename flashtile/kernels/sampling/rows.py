@@ -52,34 +52,6 @@ def sum3(a, b, c, axis: tl.constexpr):
 
 
 @triton.jit
-def _add_add_min(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, tl.minimum(a2, b2)
-
-
-@triton.jit
-def sum_sum_min(a, b, c):
-    """(sum of a, sum of b, smallest of c) in a single reduction."""
-    if _INTERPRETED:
-        return tl.sum(a), tl.sum(b), tl.min(c)
-    else:
-        return tl.reduce((a, b, c), None, _add_add_min)
-
-
-@triton.jit
-def _add_min(a0, a1, b0, b1):
-    return a0 + b0, tl.minimum(a1, b1)
-
-
-@triton.jit
-def sum_min(a, b):
-    """(sum of a, smallest of b) in a single reduction."""
-    if _INTERPRETED:
-        return tl.sum(a), tl.min(b)
-    else:
-        return tl.reduce((a, b), None, _add_min)
-
-
-@triton.jit
 def row_value(ptr, value, row, PER_ROW: tl.constexpr):
     """A parameter of a row: an entry of a tensor, or one value for all rows."""
     return tl.load(ptr + row) if PER_ROW else value
@@ -184,6 +156,22 @@ class Chunks:
     def keywords(self) -> dict[str, int]:
         """Constexprs of most kernels."""
         return {"NUM_CHUNKS": self.padded, "CHUNK": self.size}
+
+    @property
+    def whole(self) -> bool:
+        """Whether one program searches the row, held in registers."""
+        return self.count == 1 or self.padded * self.size <= self.config.row
+
+    @property
+    def select_options(self) -> dict[str, int]:
+        """Warps, and the registers of a thread, of the program that searches the row, or what a sweep left of it."""
+        if not self.whole:
+            return {"num_warps": self.config.select_warps, "maxnreg": self.config.select_registers}
+        num_warps = min(self.config.row_warps, max(4, self.padded * self.size // 1024))
+        return {
+            "num_warps": num_warps,
+            "maxnreg": min(self.config.row_registers * self.config.row_warps // num_warps, 255),
+        }
 
 
 @cache
