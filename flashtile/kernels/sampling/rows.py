@@ -52,6 +52,31 @@ def sum3(a, b, c, axis: tl.constexpr):
 
 
 @triton.jit
+def _add_add_min_max(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, tl.minimum(a2, b2), tl.maximum(a3, b3)
+
+
+@triton.jit
+def sum_sum_min_max(a, b, c, d):
+    """(sum of a, sum of b, smallest of c, largest of d) in a single reduction."""
+    if _INTERPRETED:
+        return tl.sum(a), tl.sum(b), tl.min(c), tl.max(d)
+    else:
+        return tl.reduce((a, b, c, d), None, _add_add_min_max)
+
+
+@triton.jit
+def fast_log2(x):
+    """log2 of a scalar in one instruction, for guesses: `tl.log2` takes twenty, in every warp."""
+    if _INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def row_value(ptr, value, row, PER_ROW: tl.constexpr):
     """A parameter of a row: an entry of a tensor, or one value for all rows."""
     return tl.load(ptr + row) if PER_ROW else value
