@@ -614,7 +614,7 @@ KERNELS = guess_kernel, sweep_kernel, select_kernel, draw_kernel  # of a search,
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Each filter, for vocabularies of one chunk, of Llama-2 and of Llama-3, with overlap and without."""
+    """Each filter, for vocabularies of one chunk, of Llama-2, of GPT-2 and of Llama-3, with overlap and without."""
     ids = torch.empty(8, dtype=torch.int32, device="meta")
     out, state = (ids, ids.bool()), Random(None, 2**40, None, 0)
     kinds = {
@@ -622,11 +622,24 @@ def compile_cases() -> Iterator[CompileCase]:
         "first": Filters(None, 40, None, 0.9),
         "joint": Filters(None, 40, None, 0.9, True),
     }
-    for length, pdl in ((1000, False), (32000, False), (128256, True)):
+    for length, pdl in ((1000, False), (32000, False), (50257, False), (128256, True)):
         probs, chunks = torch.empty((8, length), device="meta"), chunks_of(length, None)
         for kind, filters in kinds.items():
             launch = partial(sample, *out, probs, None, filters, state, chunks, pdl)
             yield from _recordings(f"{kind} vocab={length}", launch, pdl)
+    rows = torch.empty((8, 32000), dtype=torch.bfloat16, device="meta")
+    for mass in (False, True):
+        launch = partial(
+            thresholds,
+            rows,
+            Filters(None, 40),
+            chunks_of(32000, None),
+            signed=not mass,
+            mass=mass,
+            exact=True,
+            pdl=False,
+        )
+        yield from _recordings(f"thresholds of whole rows bf16 mass={mass}", launch)
     probs, tensors = probs.bfloat16(), Filters(ids, 0, ids.float(), 1.0)
     state = Random(ids.long(), 0, ids.long(), 0)
     yield from _recordings("tensors bf16", partial(sample, *out, probs, ids, tensors, state, chunks, False))
