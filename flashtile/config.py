@@ -403,8 +403,8 @@ class SamplingConfig:
     guess_pivots: int = 4
     sigmas: float = 4.0  # a row in 10,000 is outside, and swept again by one program
     slots: int = 512  # brackets hold some 5 % of a flat distribution, 10 % at worst
-    slot_tile: int = 8192  # 32 per thread
-    select_warps: int = 8
+    slot_tile: int = 8192  # 16 per thread: 32 are spilled on sm_80
+    select_warps: int = 16
     select_registers: int = 128  # left to itself, ptxas aims at fewer, and spills
     row: int = 32768  # half of an SM's registers
     row_warps: int = 16
@@ -424,6 +424,4 @@ def choose_sampling(vocab_size: int) -> SamplingConfig:
     """The configuration for rows of vocab_size entries. Estimated, not yet measured."""
     if vocab_size <= 65536:
         return SamplingConfig()
-    return SamplingConfig(
-        chunk=4096, chunk_warps=4, sample=2048, sweep_warps=4, slots=1024, slot_tile=16384, select_warps=16
-    )
+    return SamplingConfig(chunk=4096, chunk_warps=4, sample=2048, sweep_warps=4, slots=1024)
