@@ -407,8 +407,8 @@ class SamplingConfig:
     select_warps: int = 16
     select_registers: int = 128  # left to itself, ptxas aims at fewer, and spills
     row: int = 32768  # half of an SM's registers
-    row_warps: int = 16
-    row_registers: int = 128  # 64 of them hold the row
+    row_warps: int = 8  # with 16, what each warp does once a pass costs as much as the entries
+    row_registers: int = 255  # 128 of them hold the row
 
     def __post_init__(self) -> None:
         for name in ("chunk", "sample", "slot_tile"):
