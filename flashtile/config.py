@@ -460,8 +460,10 @@ class SamplingConfig:
     sample: entries of a row from which a search guesses its bracket, with guess_warps: more make the guess slower and
         the bracket narrower. guess_pivots: values that a pass over the sample tries for each end of the bracket.
         sigmas: half the width of a bracket, in standard errors.
-    slots: entries of a chunk that a bracket has room for. slot_tile: those of a row that step 3 looks at together, with
-        select_warps of select_registers a thread.
+    slots: entries of a chunk that a bracket has room for. slot_tile: those of a row that step 3 holds in registers,
+        with select_warps of select_registers a thread; any others it reads again in each pass.
+    row: entries, padded to a power of two of chunks, of the longest row that one program holds in registers, with up to
+        row_warps of row_registers a thread: one launch, no guess and no sweep.
     """
 
     chunk: int = 2048  # 8 KB of fp32; a vocabulary of 128k makes 63 programs, enough for a batch of 1
@@ -473,9 +475,12 @@ class SamplingConfig:
     guess_pivots: int = 4
     sigmas: float = 4.0  # a row in 10,000 is outside, and swept again by one program
     slots: int = 512  # brackets hold some 5 % of a flat distribution, 10 % at worst
-    slot_tile: int = 2048  # 8 per thread
-    select_warps: int = 8
+    slot_tile: int = 8192  # 16 per thread: 32 are spilled on sm_80
+    select_warps: int = 16
     select_registers: int = 128  # left to itself, ptxas aims at fewer, and spills
+    row: int = 32768  # half of an SM's registers
+    row_warps: int = 8  # with 16, what each warp does once a pass costs as much as the entries
+    row_registers: int = 255  # 128 of them hold the row
 
     def __post_init__(self) -> None:
         for name in ("chunk", "sample", "slot_tile"):
@@ -491,4 +496,4 @@ def choose_sampling(vocab_size: int) -> SamplingConfig:
     """The configuration for rows of vocab_size entries. Estimated, not yet measured."""
     if vocab_size <= 65536:
         return SamplingConfig()
-    return SamplingConfig(sample=2048)
+    return SamplingConfig(chunk=4096, chunk_warps=4, sample=2048, sweep_warps=4, slots=1024)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flashtile import sampling, topk
+from flashtile.backend import kernels
+from flashtile.config import SamplingConfig
 from flashtile.reference import sampling as reference
 from flashtile.testing.cases_bench import SamplingBench, parse_case
 from flashtile.testing.tensors import name, randn, strided
@@ -138,6 +140,43 @@ def check_sampler(case: SamplingCase, device: str) -> None:
     assert valid.tolist() == [True] * case.batch_size
     for i, row in enumerate(probs.cpu().float()):
         check_token(case, row, int(ids[i]), reference.uniform(SEED, OFFSET, i))
+
+
+BRACKETED = SamplingConfig(row=0)  # rows of several chunks are searched in three steps, however short
+BRACKETED_CASES = tuple(c for c in CASES if c.vocab_size > BRACKETED.chunk and {"top_k", "top_p"} & c.filters.keys())
+
+
+def check_config(case: SamplingCase, config: SamplingConfig, device: str) -> None:
+    """As `check_sampler`, with a configuration forced."""
+    probs, given = case.probs(device), case.filters
+    ids = torch.empty(case.batch_size, dtype=torch.int32, device=device)
+    valid = torch.zeros(case.batch_size, dtype=torch.bool, device=device)
+    filters = (None, given.get("top_k", 0), None, given.get("top_p", 1.0), None, 0.0, given.get("order") == "joint")
+    launch = kernels("sampling", probs.device).sample_from_probs
+    launch(ids, valid, probs, None, *filters, None, SEED, None, OFFSET, config=config)
+    assert valid.tolist() == [True] * case.batch_size
+    for i, row in enumerate(probs.cpu().float()):
+        check_token(case, row, int(ids[i]), reference.uniform(SEED, OFFSET, i))
+
+
+def check_brackets_find_the_same(vocab_size: int, dtype: torch.dtype, device: str) -> None:
+    """Thresholds are those of a search in the whole row: what is kept of probabilities and logits, and selected."""
+    logits = randn(4, vocab_size, seed=vocab_size).mul_(2).to(dtype).to(device)
+    logits[1] = logits[1].float().round().to(dtype)  # ties
+    logits[2, ::3] = -torch.inf
+    probs = torch.softmax(logits.float(), -1).to(dtype)
+    run = kernels("sampling", logits.device)
+
+    def outputs(config: SamplingConfig) -> list[Tensor]:
+        masked, renormed = (torch.empty(4, vocab_size, device=device) for _ in range(2))
+        ids = torch.empty(4, 40, dtype=torch.int32, device=device)
+        run.mask_logits(masked, logits, None, 40, config=config)
+        run.renorm_probs(renormed, probs, None, 700, None, 0.9, config=config)
+        run.top_k(ids, logits, None, None, False, config=config)
+        return [masked, renormed > 0, ids]
+
+    for got, want in zip(outputs(BRACKETED), outputs(SamplingConfig(row=2**15)), strict=True):
+        assert torch.equal(got, want)
 
 
 def check_token(case: SamplingCase, row: Tensor, token: int, u: float) -> None:

@@ -17,6 +17,17 @@ def test_sampler(case: SamplingCase) -> None:
     cases.check_sampler(case, "cuda")
 
 
+@pytest.mark.parametrize("case", cases.BRACKETED_CASES, ids=str)
+def test_sampler_of_brackets(case: SamplingCase) -> None:
+    cases.check_config(case, cases.BRACKETED, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [5003, 32000])
+def test_brackets_find_the_same(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_brackets_find_the_same(vocab_size, dtype, "cuda")
+
+
 @pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
 def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: SamplingCase) -> None:
     cases.check_filtered_is_renormalised(case, "cuda")

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashtile import backend
 from flashtile.config import SamplingConfig
-from flashtile.reference.sampling import uniform
 from flashtile.testing import cases_sampling as cases
 from flashtile.testing.cases_sampling import SamplingCase
 
@@ -83,26 +81,30 @@ def test_large_batches_run_in_slices(filters: dict[str, Any], monkeypatch: pytes
 @pytest.mark.parametrize(
     "config",
     [
-        SamplingConfig(chunk=512, sweep_warps=1, slots=64, sample=256, guess_warps=1),
-        SamplingConfig(chunk=4096, slots=1024, slot_tile=512, sigmas=3.0),
-        SamplingConfig(chunk=1024, sigmas=0.5),  # brackets that miss: rows are swept again
+        SamplingConfig(chunk=512, sweep_warps=1, slots=64, sample=256, guess_warps=1, row=0),
+        SamplingConfig(chunk=4096, slots=1024, slot_tile=512, sigmas=3.0, row=0),  # slots that registers do not hold
+        SamplingConfig(chunk=1024, sigmas=0.5, row=0),  # brackets that miss: rows are swept again
+        SamplingConfig(chunk=512, row=8192),
     ],
     ids=str,
 )
 def test_forced_config(config: SamplingConfig) -> None:
     """Tiles may be any: the tokens are those of the definition."""
-    case = SamplingCase("steep", 5003, {"top_k": 700, "top_p": 0.95})
-    probs, ids = case.probs("cpu"), torch.empty(3, dtype=torch.int32)
-    launch = backend.kernels("sampling", probs.device).sample_from_probs
-    filters = (None, 700, None, 0.95, None, 0.0, False)
-    launch(ids, ids.bool(), probs, None, *filters, None, cases.SEED, None, cases.OFFSET, config=config)
-    for i, row in enumerate(probs):
-        cases.check_token(case, row, int(ids[i]), uniform(cases.SEED, cases.OFFSET, i))
+    cases.check_config(SamplingCase("steep", 5003, {"top_k": 700, "top_p": 0.95}), config, "cpu")
+
+
+@pytest.mark.parametrize("case", [case for case in cases.BRACKETED_CASES if case.vocab_size <= 5003], ids=str)
+def test_sampler_of_brackets(case: SamplingCase) -> None:
+    cases.check_config(case, cases.BRACKETED, "cpu")
+
+
+def test_brackets_find_the_same() -> None:
+    cases.check_brackets_find_the_same(5003, torch.float16, "cpu")
 
 
 def test_vocabulary_too_long() -> None:
-    with pytest.raises(NotImplementedError, match="vocab_size: more than 2097152 is not implemented on CUDA"):
-        SamplingCase("", 2**21 + 1).sampler()(torch.empty(1, 2**21 + 1))
+    with pytest.raises(NotImplementedError, match="vocab_size: more than 4194304 is not implemented on CUDA"):
+        SamplingCase("", 2**22 + 1).sampler()(torch.empty(1, 2**22 + 1))
 
 
 @pytest.mark.parametrize("row_len", cases.TOP_K_ROWS)

@@ -52,31 +52,28 @@ def sum3(a, b, c, axis: tl.constexpr):
 
 
 @triton.jit
-def _add_add_min(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, tl.minimum(a2, b2)
+def _add_add_min_max(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, tl.minimum(a2, b2), tl.maximum(a3, b3)
 
 
 @triton.jit
-def sum_sum_min(a, b, c):
-    """(sum of a, sum of b, smallest of c) in a single reduction."""
+def sum_sum_min_max(a, b, c, d):
+    """(sum of a, sum of b, smallest of c, largest of d) in a single reduction."""
     if _INTERPRETED:
-        return tl.sum(a), tl.sum(b), tl.min(c)
+        return tl.sum(a), tl.sum(b), tl.min(c), tl.max(d)
     else:
-        return tl.reduce((a, b, c), None, _add_add_min)
+        return tl.reduce((a, b, c, d), None, _add_add_min_max)
 
 
 @triton.jit
-def _add_min(a0, a1, b0, b1):
-    return a0 + b0, tl.minimum(a1, b1)
-
-
-@triton.jit
-def sum_min(a, b):
-    """(sum of a, smallest of b) in a single reduction."""
+def fast_log2(x):
+    """log2 of a scalar in one instruction, for guesses: `tl.log2` takes twenty, in every warp."""
     if _INTERPRETED:
-        return tl.sum(a), tl.min(b)
+        return tl.log2(x)
     else:
-        return tl.reduce((a, b), None, _add_min)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -184,6 +181,22 @@ class Chunks:
     def keywords(self) -> dict[str, int]:
         """Constexprs of most kernels."""
         return {"NUM_CHUNKS": self.padded, "CHUNK": self.size}
+
+    @property
+    def whole(self) -> bool:
+        """Whether one program searches the row, held in registers."""
+        return self.count == 1 or self.padded * self.size <= self.config.row
+
+    @property
+    def select_options(self) -> dict[str, int]:
+        """Warps, and the registers of a thread, of the program that searches the row, or what a sweep left of it."""
+        if not self.whole:
+            return {"num_warps": self.config.select_warps, "maxnreg": self.config.select_registers}
+        num_warps = min(self.config.row_warps, max(4, self.padded * self.size // 1024))
+        return {
+            "num_warps": num_warps,
+            "maxnreg": min(self.config.row_registers * self.config.row_warps // num_warps, 255),
+        }
 
 
 @cache

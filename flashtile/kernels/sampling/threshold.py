@@ -1,10 +1,12 @@
 """The exact threshold of top-k and top-p, reading the row from memory once.
 
-Three steps (a floating-point form of Floyd and Rivest's selection, CACM 1975):
+A row short enough is held by one program in registers, which searches in it. Others take three steps (a floating-point
+form of Floyd and Rivest's selection, CACM 1975):
 
 1. guess: a sample of the row gives a bracket lo..hi of values that holds the threshold, all but surely.
 2. sweep: the row is read; each chunk adds up what lies above hi, and stores the few entries in (lo, hi] in slots.
-3. select: these numbers prove the bracket right, and interpolation over the slots finds the threshold. If the bracket
+3. select: these numbers prove the bracket right, and a search among the slots, now held in registers, finds the
+   threshold. If the bracket
    was wrong or too full, the row is swept again, by one program, with other brackets, until one is proved.
 
 The threshold is the smallest value x of the row for which keep(x) holds: fewer than k entries are greater than x, and
@@ -30,7 +32,7 @@ from flashtile.kernels.sampling.rows import (
     chunks_of,
     draw_token,
     entries,
-    load_chunk,
+    fast_log2,
     overlaps,
     row_of_output,
     rows_of,
@@ -38,8 +40,7 @@ from flashtile.kernels.sampling.rows import (
     slices,
     sum2,
     sum3,
-    sum_min,
-    sum_sum_min,
+    sum_sum_min_max,
     uniform,
     window_of_row,
 )
@@ -48,6 +49,9 @@ from flashtile.testing.launches import recordings
 
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 _KEY_OF_INF = tl.constexpr(0x7F800000)
+# passes of a search before it looks for the threshold itself, and before one pass in three halves what is left
+_EARLY = tl.constexpr(3)
+_LATE = tl.constexpr(7)
 
 
 @dataclass(frozen=True)
@@ -151,170 +155,226 @@ def sweep_kernel(
 
 
 @triton.jit
-def slots_from(
-    slots_ptr, extent, begin, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
+def tile_of_slots(
+    slots_ptr, extent, begin, MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The next entries in slots [NUM_CHUNKS, WIDTH / 4, 4] of all chunks, fp32; -inf past their extent [NUM_CHUNKS]."""
+    """The entries in slots begin .. begin + WIDTH of all chunks [NUM_CHUNKS, WIDTH / 4, 4], fp32. Past their extent
+    [NUM_CHUNKS]: 0 or -inf. Slots are padded to fours with -inf, so that a mask of fours will do, and loads are 16
+    bytes wide."""
     chunk = tl.arange(0, NUM_CHUNKS)[:, None, None]
     four = begin + 4 * tl.arange(0, WIDTH // 4)[None, :, None]
     slot = four + tl.arange(0, 4)[None, None, :]
-    # slots are padded to fours, so that a mask of fours will do, and loads are 16 bytes wide
-    mask = (slot if WHOLE else four) < extent[:, None, None]
-    return tl.load(slots_ptr + chunk * SLOTS + slot, mask=mask, other=-float("inf")).to(tl.float32)
+    x = tl.load(slots_ptr + chunk * SLOTS + slot, mask=four < extent[:, None, None], other=-float("inf"))
+    return tl.maximum(x, 0.0) if MASS else x
 
 
 @triton.jit
-def slots_above(
-    slots_ptr, extent, end, pivot, MASS: tl.constexpr, WHOLE: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Count and mass (0 without MASS) of the entries in slots that are above pivot, NaN included, and the smallest of
-    them."""
-    count = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.int32)
-    mass = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.float32)
-    least = tl.full([NUM_CHUNKS, WIDTH // 4, 4], float("inf"), tl.float32)
-    for begin in range(0, end, WIDTH):
-        x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
-        count += tl.where(x <= pivot, 0, 1)
-        if MASS:
-            mass += tl.where(x <= pivot, 0.0, x)
-        least = tl.where(x > pivot, tl.minimum(least, x), least)
+def tile_of_row(row_ptr, length, MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """All chunks of a row [NUM_CHUNKS, CHUNK / 4, 4], fp32. Past its end: -inf. With MASS, negative entries are 0."""
+    chunk = tl.arange(0, NUM_CHUNKS)[:, None, None]
+    offs = chunk * CHUNK + 4 * tl.arange(0, CHUNK // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    x = tl.load(row_ptr + offs, mask=offs < length, other=-float("inf")).to(tl.float32)
+    return tl.where(x < 0, 0.0, x) if MASS else x
+
+
+@triton.jit
+def look_around(x, pivot, MASS: tl.constexpr):
+    """Of the entries of a tile that are above the value of a key: count (fp32) and mass (0 without MASS), NaN included;
+    and how far from that key those of the next entry above and of the next not above are: 2**31 or more if there is
+    none.
+
+    With MASS entries are not negative. Then six instructions will do for each: a comparison that gives 1.0 or 0.0, an
+    addition, a multiply-add, and a subtraction, which wraps around below the key, a minimum and a maximum.
+    """
+    value = value_of(pivot)
+    above = tl.where(x <= value, 0.0, 1.0)
     if MASS:
-        return sum_sum_min(count, mass, least)
+        distance = x.to(tl.uint32, bitcast=True) - (pivot + 1).to(tl.uint32)
+        count, mass, least, most = sum_sum_min_max(above, x * above, distance, distance)
+        return count, mass, least.to(tl.int64) + 1, 0xFFFFFFFF - most.to(tl.int64)
     else:
-        count, least = sum_min(count, least)
-        return count, 0.0, least
+        nearest_above = tl.where(x > value, x, float("inf"))
+        nearest_below = tl.where(x <= value, x, -float("inf"))
+        count, mass, up, down = sum_sum_min_max(above, tl.zeros_like(above), nearest_above, nearest_below)
+        return count, mass, key_of(up).to(tl.int64) - pivot, pivot - key_of(down).to(tl.int64)
 
 
 @triton.jit
-def mass_of_chunks_above(
-    slots_ptr, extent, end, pivot, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The mass in slots above pivot of each chunk [NUM_CHUNKS]."""
-    mass = tl.zeros([NUM_CHUNKS, WIDTH // 4, 4], tl.float32)
-    for begin in range(0, end, WIDTH):
-        x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
-        mass += tl.where(x <= pivot, 0.0, x)
-    return tl.sum(tl.sum(mass, 2), 1)
+def sums_above(x, pivot, MASS: tl.constexpr):
+    """The first two results of `look_around`, in half the instructions; NaN is not above. (A comparison of its own:
+    shared with that of `look_around`, it would be made once before the branch, and spilled.)"""
+    above = tl.where(x > value_of(pivot), 1.0, 0.0)
+    return sum2(above, x * above if MASS else tl.zeros_like(above), None)
 
 
 @triton.jit
-def extreme_slot(
-    slots_ptr, extent, end, above, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """The largest entry in slots, or the smallest one above a value."""
-    found = tl.full([NUM_CHUNKS, WIDTH // 4, 4], -float("inf") if LARGEST else float("inf"), tl.float32)
-    for begin in range(0, end, WIDTH):
-        x = slots_from(slots_ptr, extent, begin, WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
-        if LARGEST:
-            found = tl.maximum(found, x)
-        else:
-            found = tl.where(x > above, tl.minimum(found, x), found)
-    return tl.max(found) if LARGEST else tl.min(found)
+def mass_of_chunks_above(x, pivot):
+    """The mass of each chunk of a tile [NUM_CHUNKS] that is above pivot, NaN included."""
+    return tl.sum(tl.sum(tl.where(x <= pivot, 0.0, x), 2), 1)
 
 
 @triton.jit
-def bisect_slots(
-    slots_ptr, extent, end, out_key, num_out, mass_out, hi, k, num_in, mass_in, enough, MASS: tl.constexpr,
-    WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+def least_above(x, value):
+    """The smallest entry of a tile that is above a value; inf if none is."""
+    return tl.min(tl.where(x > value, x, float("inf")))
+
+
+@triton.jit
+def survey(x, lo, USE_K: tl.constexpr, MASS: tl.constexpr):
+    """Of a tile: how many entries are above lo, NaN included, the mass, the smallest entry above lo, the largest. For
+    counts that do not matter (not USE_K) the first is 0, and the third the smallest of all entries."""
+    mass = x if MASS else tl.zeros_like(x)
+    if USE_K:
+        return sum_sum_min_max(tl.where(x <= lo, 0.0, 1.0), mass, tl.where(x > lo, x, float("inf")), x)
+    else:
+        return sum_sum_min_max(tl.zeros_like(x), mass, x, x)
+
+
+@triton.jit
+def log_odds(mass, total):
+    """log2 of the ratio of a mass to what is missing to the total: at least what fp32 resolves."""
+    return fast_log2(mass) - fast_log2(tl.maximum(total - mass, 6e-8 * total))
+
+
+@triton.jit
+def part_below(wanted, at_in, at_out, lean):
+    """Where `wanted` lies between at_in (0) and at_out (1); lean < 1 moves it away from at_in, lean > 1 towards it."""
+    after_in = tl.maximum(wanted - at_in, 0.0)
+    before_out = tl.maximum(at_out - wanted, 0.0) * lean
+    return after_in / tl.maximum(after_in + before_out, 1e-30)
+
+
+@triton.jit
+def search_tile(
+    x, slots_ptr, extent, end, out_key, in_key, num_out, num_in, mass_in, k, enough, total,
+    MASS: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The largest key found at which keep does not hold: that of a value just below the threshold, or of an equal of
     entries below it.
 
-    keep(x): fewer than k entries are above x, of a mass below enough. It holds at hi, above which lie num_in entries of
-    mass mass_in (none of them in slots), and not at out_key, with num_out and mass_out: guesses, that only place the
-    first pivot.
+    x: the candidates, held in registers; those in slots from WIDTH on (not WHOLE), if any, are read in every pass.
+    keep(v): fewer than k entries are above v, of a mass below enough, a share of total. It holds at in_key, the key of
+    the largest candidate, above which lie num_in entries of mass mass_in. It does not hold at out_key, above which
+    there are no more than about num_out: a guess, that only places the first pivot.
 
-    A pass moves out_key up to the next entry. So where at most three are left, the lowest is tried: one is settled in
-    each pass, however close they lie. Simulated, 6 passes are made on average, 10 in one row of 100 (without the step
-    of one entry towards the middle 24).
+    A pivot lies where the threshold would if the logarithm of the count, and that of the odds of the mass, rose evenly
+    from in_key to out_key; and a little further from the end that moved last, lest the other one stay (as in the
+    Illinois form of regula falsi). The first passes only sum, which takes half the time. Others move one end not to the
+    pivot, but to the entry next to it, and settle whether that is the threshold: close to it, any pivot will do, and
+    equal entries take one pass. Simulated over rows of 32000 of four kinds: 3 to 6 passes on average, 9 in one row of
+    100, 10 at most.
     """
+    REST: tl.constexpr = max(WIDTH // 4, 4)  # slots read together: registers are scarce
     num_above = num_in
     mass_above = mass_in
-    top = hi
-    if hi == float("inf"):
-        top = extreme_slot(slots_ptr, extent, end, 0.0, WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=True)
-    in_key = key_of(top).to(tl.int64)
+    rank = fast_log2(k - 0.5)
+    rank_in = fast_log2(num_in + 0.5)
+    rank_out = fast_log2(num_out + 0.5)
+    if MASS:
+        odds = log_odds(tl.minimum(enough, total), total)
+        odds_in = log_odds(tl.maximum(mass_in, 0.5 * value_of(in_key)), total)
+        odds_out = log_odds(total - 0.25 * tl.maximum(total - enough, 0.0), total)
+    lean = 1.0
     tries = 0
     while (in_key - out_key > 1) & (num_out - num_in > 1):  # a single entry between them is the threshold
-        # where the threshold lies if masses, and logarithms of counts, rise evenly from in_key to out_key
-        low_rank = tl.log2(num_in + 0.5)
-        by_rank = (tl.log2(k - 0.5) - low_rank) / (tl.log2(num_out + 0.5) - low_rank)
-        part = tl.minimum(by_rank, (enough - mass_in) / (mass_out - mass_in))
-        part = tl.minimum(tl.maximum(part, 0.0), 1.0)
-        one = 1.0 / (num_out - num_in)
-        part += tl.where(part < 0.5, one, -one)  # one entry towards the middle: both ends move, not the same each time
-        part = tl.where((tries >= 9) & (tries % 3 == 0), 0.5, part)
+        part = part_below(rank, rank_in, rank_out, lean)
+        if MASS:
+            part = tl.minimum(part, part_below(odds, odds_in, odds_out, lean))
+        part = tl.where((tries >= _LATE) & (tries % 3 == 0), 0.5, part)
         pivot = in_key - ((in_key - out_key).to(tl.float32) * part).to(tl.int64)
-        lowest = (num_out - num_in <= 3) | ((tries >= 9) & (tries % 3 == 1))
-        pivot = tl.where(lowest, out_key + 1, tl.minimum(tl.maximum(pivot, out_key + 1), in_key - 1))
-        count, mass, least = slots_above(
-            slots_ptr, extent, end, value_of(pivot), MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH
-        )  # fmt: skip
+        pivot = tl.minimum(tl.maximum(pivot, out_key + 1), in_key - 1)
+        settles = tries >= _EARLY
+        if settles:
+            count, mass, ahead, behind = look_around(x, pivot, MASS)
+        else:
+            count, mass = sums_above(x, pivot, MASS)
+            ahead = tl.cast(1, tl.int64)
+            behind = tl.cast(0, tl.int64)
+        if not WHOLE:
+            for begin in range(WIDTH, end, REST):
+                more = tile_of_slots(slots_ptr, extent, begin, MASS, NUM_CHUNKS, SLOTS, REST)
+                count_of_more, mass_of_more, ahead_of_more, behind_of_more = look_around(more, pivot, MASS)
+                count += count_of_more
+                mass += mass_of_more
+                ahead = tl.minimum(ahead, ahead_of_more)
+                behind = tl.minimum(behind, behind_of_more)
         count += num_above
         mass += mass_above
         keep = (count < k) & (mass < enough)
-        out_key = tl.where(keep, out_key, tl.minimum(key_of(least).to(tl.int64), in_key) - 1)
-        in_key = tl.where(keep, pivot, in_key)
+        # the entry beside the pivot, towards the threshold; and whether keep changes if one such entry does
+        beside = tl.where(keep, tl.maximum(pivot - behind, out_key + 1), tl.minimum(pivot + ahead, in_key))
+        one = tl.where(keep, 1.0, -1.0)
+        found = settles & (keep != ((count + one < k) & (mass + one * value_of(beside) < enough)))
+        in_key = tl.where(keep | found, beside, in_key)
+        out_key = tl.where(keep & ~found, out_key, beside - 1)
         num_in = tl.where(keep, count, num_in)
-        mass_in = tl.where(keep, mass, mass_in)
         num_out = tl.where(keep, num_out, count)
-        mass_out = tl.where(keep, mass_out, mass)
+        rank_here = fast_log2(count + 0.5)
+        rank_in = tl.where(keep, rank_here, rank_in)
+        rank_out = tl.where(keep, rank_out, rank_here)
+        if MASS:
+            odds_here = log_odds(mass, total)
+            odds_in = tl.where(keep, odds_here, odds_in)
+            odds_out = tl.where(keep, odds_out, odds_here)
+        lean = tl.where(keep, tl.minimum(lean, 1.0) * 0.9, tl.maximum(lean, 1.0) / 0.9)
         tries += 1
     return out_key
 
 
 @triton.jit
 def sums_of_row(
-    x_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS: tl.constexpr, WHOLE: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    row, length, num_chunks, counts_ptr, masses_ptr, bottom, USE_K: tl.constexpr, MASS: tl.constexpr,
+    WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """(entries inside, entries above, mass, mass above hi, mass above lo), each [NUM_CHUNKS]: what the sweep stored;
-    with WHOLE, of the row itself, with lo = bottom and hi = inf."""
+    """(entries inside of each chunk [NUM_CHUNKS], all of them, entries above; and masses [NUM_CHUNKS]: of all, above
+    hi, above lo): what the sweep stored.
+
+    WHOLE: of the row itself, all of which is inside, lo being bottom, and hi inf; its whole mass counts as that of the
+    first chunk. Without USE_K, all entries count as inside.
+    """
+    chunk = tl.arange(0, NUM_CHUNKS)
     none = tl.zeros([NUM_CHUNKS], tl.float32)
     if WHOLE:
-        x = load_chunk(x_ptr, 0, length, CHUNK)
-        inside = tl.zeros([NUM_CHUNKS], tl.int32) + tl.sum(((x > bottom) | (x != x)).to(tl.int32), 0)
-        total = none + tl.sum(tl.where(x < 0, 0.0, x), 0) if MASS else none
-        return inside, tl.zeros([NUM_CHUNKS], tl.int32), total, none, total
+        count, mass, _, _ = survey(row, bottom, USE_K, MASS)
+        total = tl.where(chunk == 0, mass, 0.0)
+        return none.to(tl.int32), count.to(tl.int32) if USE_K else length, tl.cast(0, tl.int32), total, none, total
     else:
-        chunk = tl.arange(0, NUM_CHUNKS)
         mask = chunk < num_chunks
         inside = tl.load(counts_ptr + chunk, mask=mask, other=0)
-        above = tl.load(counts_ptr + NUM_CHUNKS + chunk, mask=mask, other=0)
+        num_inside, num_above = sum2(inside, tl.load(counts_ptr + NUM_CHUNKS + chunk, mask=mask, other=0), 0)
         if MASS:
             total = tl.load(masses_ptr + chunk, mask=mask, other=0.0)
             above_hi = tl.load(masses_ptr + NUM_CHUNKS + chunk, mask=mask, other=0.0)
             above_lo = tl.load(masses_ptr + 2 * NUM_CHUNKS + chunk, mask=mask, other=0.0)
-            return inside, above, total, above_hi, above_lo
+            return inside, num_inside, num_above, total, above_hi, above_lo
         else:
-            return inside, above, none, none, none
+            return inside, num_inside, num_above, none, none, none
 
 
 @triton.jit
 def settle(
-    row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, floor, bottom,
-    USE_K: tl.constexpr, MASS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    row, row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, floor, most,
+    mass_from_floor, bottom, USE_K: tl.constexpr, USE_P: tl.constexpr, MASS: tl.constexpr, EXACT: tl.constexpr,
+    WHOLE: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Step 3 for keep(x): fewer than k entries are above x, of a mass below enough.
 
     Returns a value that the entries kept are not below, and all others are (EXACT: the smallest entry kept), `bottom`
-    if all are kept; the mass kept [NUM_CHUNKS]; and the bracket proved. floor: no lower value is the threshold.
-    WHOLE: the slots are the row itself, the bracket bottom..inf.
+    if all are kept; the mass kept [NUM_CHUNKS]; and the bracket proved. floor: no lower value is the threshold; from
+    it on there are about `most` entries, of mass mass_from_floor. WHOLE: the candidates are the row itself, held in
+    registers, the bracket bottom..inf.
     """
-    inside, above, total, above_hi, above_lo = sums_of_row(
-        row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
+    REST: tl.constexpr = max(WIDTH // 4, 4)  # slots read together: registers are scarce
+    inside, num_inside, num_above, total, above_hi, above_lo = sums_of_row(
+        row, length, num_chunks, counts_ptr, masses_ptr, bottom, USE_K, MASS, WHOLE, NUM_CHUNKS
     )
     unfiltered = (k == _NO_LIMIT) & (enough == float("inf"))
-    keeps_lo = (tl.sum(above) + tl.sum(inside) < k) & (tl.sum(above_lo) < enough)
+    keeps_lo = (num_above + num_inside < k) & (tl.sum(above_lo) < enough)
     keeps_all = keeps_lo & ((lo <= bottom) | unfiltered)
     if MASS:
         keeps_all = keeps_all | ~(tl.sum(total) < float("inf"))  # NaN or inf: no distribution, and nothing to find
     if not WHOLE:
-        keeps_hi = ((tl.sum(above) < k) & (tl.sum(above_hi) < enough)) | (hi == float("inf"))
+        keeps_hi = ((num_above < k) & (tl.sum(above_hi) < enough)) | (hi == float("inf"))
         known_out = key_of(bottom).to(tl.int64)
         known_in = tl.cast(_KEY_OF_INF, tl.int64)
         step = tl.cast(1 << 20, tl.int64)  # an eighth of an octave
@@ -339,41 +399,52 @@ def settle(
                 x = load_fours(row_ptr, chunk, length, MASS, CHUNK)
                 sweep_chunk(x, chunk, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, USE_K, MASS, NUM_CHUNKS, SLOTS)
             tl.debug_barrier()
-            inside, above, total, above_hi, above_lo = sums_of_row(
-                row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK
+            inside, num_inside, num_above, total, above_hi, above_lo = sums_of_row(
+                row, length, num_chunks, counts_ptr, masses_ptr, bottom, USE_K, MASS, WHOLE, NUM_CHUNKS
             )
-            keeps_lo = (tl.sum(above) + tl.sum(inside) < k) & (tl.sum(above_lo) < enough)
-            keeps_hi = ((tl.sum(above) < k) & (tl.sum(above_hi) < enough)) | (hi == float("inf"))
+            keeps_lo = (num_above + num_inside < k) & (tl.sum(above_lo) < enough)
+            keeps_hi = ((num_above < k) & (tl.sum(above_hi) < enough)) | (hi == float("inf"))
             keeps_all = keeps_lo & (lo <= bottom)
             full = tl.max(inside) > SLOTS - 4
     else:
         full = False
     if keeps_all:
         threshold = tl.cast(bottom, tl.float32)
-        kept = total
+        kept = mass_of_chunks_above(row, bottom) if WHOLE and MASS else total
     elif full:  # many entries equal to hi
         threshold = hi
         kept = above_lo
     else:
-        extent = tl.zeros([NUM_CHUNKS], tl.int32) + length if WHOLE else inside
-        out = tl.maximum(key_of(lo).to(tl.int64), key_of(floor).to(tl.int64) - 1)
+        end = tl.max(inside)
+        x = row if WHOLE else tile_of_slots(slots_ptr, inside, 0, MASS, NUM_CHUNKS, SLOTS, WIDTH)
+        _, _, least, largest = survey(x, lo, USE_K, MASS)
+        if not WHOLE:
+            for begin in range(WIDTH, end, REST):
+                more = tile_of_slots(slots_ptr, inside, begin, MASS, NUM_CHUNKS, SLOTS, REST)
+                largest = tl.maximum(largest, tl.max(more))
+                least = tl.minimum(least, least_above(more, lo))
+        out = tl.maximum(key_of(lo).to(tl.int64), tl.maximum(key_of(least), key_of(floor)).to(tl.int64) - 1)
         if WHOLE and MASS:  # entries up to half the mean of the mass left out have at most half of that mass
             share = 0.5 * (tl.sum(total) - enough) / tl.maximum(length, 1).to(tl.float32)
             out = tl.maximum(out, key_of(tl.maximum(share, 0.0)).to(tl.int64))
-        end = tl.max(extent)
-        num_in = tl.sum(above)
-        out = bisect_slots(
-            slots_ptr, extent, end, out, tl.sum(inside) + num_in, tl.sum(above_lo), hi, k, num_in, tl.sum(above_hi),
-            enough, MASS, WHOLE, NUM_CHUNKS, SLOTS, WIDTH,
+        out = search_tile(
+            x, slots_ptr, inside, end, out, key_of(largest).to(tl.int64),
+            tl.minimum(num_inside + num_above, most) * 1.0, num_above * 1.0, tl.sum(above_hi), k, enough,
+            mass_from_floor, USE_P, WHOLE, NUM_CHUNKS, SLOTS, WIDTH,
         )  # fmt: skip
         threshold = value_of(out + 1)
         kept = above_hi
         if MASS:
-            kept += mass_of_chunks_above(slots_ptr, extent, end, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH)
+            kept += mass_of_chunks_above(x, value_of(out))
         if EXACT:
-            threshold = extreme_slot(
-                slots_ptr, extent, end, value_of(out), WHOLE, NUM_CHUNKS, SLOTS, WIDTH, LARGEST=False
-            )  # fmt: skip
+            threshold = least_above(x, value_of(out))
+        if not WHOLE:
+            for begin in range(WIDTH, end, REST):
+                more = tile_of_slots(slots_ptr, inside, begin, MASS, NUM_CHUNKS, SLOTS, REST)
+                if MASS:
+                    kept += mass_of_chunks_above(more, value_of(out))
+                if EXACT:
+                    threshold = tl.minimum(threshold, least_above(more, value_of(out)))
     return threshold, kept, lo, hi
 
 
@@ -389,7 +460,7 @@ def select_kernel(
 ):  # fmt: skip
     """Step 3, one program for each output: with DRAW a token, otherwise the threshold and (with MASS) what chunks keep.
 
-    WHOLE: the row is one chunk, and the only step.
+    WHOLE: it holds the row in registers, and is the only step.
     """
     output = tl.program_id(0)
     row = row_of_output(indices_ptr, output, INDIRECT)
@@ -399,7 +470,7 @@ def select_kernel(
         u = uniform(seed_ptr, seed, offset_ptr, offset, output, first_output, 0, SEEDS, OFFSETS)
     bottom = tl.cast(-float("inf") if SIGNED else 0.0, tl.float32)
     if WHOLE:
-        slots_ptr = row_ptr
+        row_tile = tile_of_row(row_ptr, length, MASS, NUM_CHUNKS, CHUNK)
         bracket_ptr = brackets_ptr
         lo = bottom
         hi = tl.cast(float("inf"), tl.float32)
@@ -413,15 +484,21 @@ def select_kernel(
         bracket_ptr = brackets_ptr + output * 2
         lo = tl.load(bracket_ptr)
         hi = tl.load(bracket_ptr + 1)
-    kept = sums_of_row(row_ptr, length, num_chunks, counts_ptr, masses_ptr, bottom, MASS, WHOLE, NUM_CHUNKS, CHUNK)[2]
+        row_tile = None
+    kept = sums_of_row(
+        row_tile, length, num_chunks, counts_ptr, masses_ptr, bottom, USE_K > 0, MASS, WHOLE, NUM_CHUNKS
+    )[3]  # fmt: skip
     threshold = bottom
     for phase in range(tl.where(p < 1.0, 2, 1) if K_FIRST else 1):
         enough = share_of(p, kept) if USE_P else tl.cast(float("inf"), tl.float32)
+        most = tl.cast(_NO_LIMIT, tl.int32)
         if K_FIRST:  # first the top-k, of whose mass the second phase wants its share
             enough = tl.where(phase == 0, float("inf"), enough)
+            most = tl.where(phase == 0, most, k)
         threshold, kept, lo, hi = settle(
-            row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough, threshold,
-            bottom, USE_K > 0, MASS, EXACT, WHOLE, NUM_CHUNKS, CHUNK, SLOTS, WIDTH,
+            row_tile, row_ptr, length, num_chunks, bracket_ptr, slots_ptr, counts_ptr, masses_ptr, lo, hi, k, enough,
+            threshold, most, tl.sum(kept), bottom, USE_K > 0, USE_P > 0, MASS, EXACT, WHOLE, NUM_CHUNKS, CHUNK, SLOTS,
+            WIDTH,
         )  # fmt: skip
     if DRAW:
         token, good = draw_token(row_ptr, length, kept, threshold, u, NUM_CHUNKS, CHUNK)
@@ -478,7 +555,7 @@ def thresholds(
 
 def _search_slices(num_outputs: int, chunks: Chunks) -> Iterator[slice]:
     """Runs of outputs to search for at once."""
-    return slices(num_outputs, chunks.padded * (chunks.config.slots + 8) * 4 if chunks.count > 1 else 4)
+    return slices(num_outputs, chunks.padded * (chunks.config.slots + 8) * 4 if not chunks.whole else 4)
 
 
 @dataclass(frozen=True)
@@ -497,15 +574,14 @@ def _search(
     random: Random | None = None, indices: Tensor | None = None, starts: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """The three steps, for one slice of outputs; rows of one chunk need only the last."""
+    """The three steps, for one slice of outputs; rows that one program holds need only the last."""
     chunks, overlap, count = search.chunks, overlaps(x, search.pdl), part.stop - part.start
     config = chunks.config
     on = filters.keywords(x.shape[1]) | {"SIGNED": search.signed}
     rows = x, x.stride(0), indices, lengths, starts, chunks.length
     where = {"INDIRECT": indices is not None, "WINDOW": starts is not None or lengths is not None}
-    whole = chunks.count == 1
     work: tuple[Tensor | None, ...] = (None,) * 4
-    if not whole:
+    if not chunks.whole:
         work = slots, counts, masses, brackets = _workspace(x, count, chunks)
         guess(brackets, rows, filters.arguments, config=config, overlap=overlap, **where, **on)
         sweep_kernel[(count * chunks.count,)](
@@ -516,9 +592,9 @@ def _search(
     state = random or NO_RANDOM
     select_kernel[(count,)](
         *outputs, *work, *rows, chunks.count, *filters.arguments, *state.arguments,
-        **where, **on, MASS=search.mass, EXACT=search.exact, DRAW=random is not None, WHOLE=whole,
+        **where, **on, MASS=search.mass, EXACT=search.exact, DRAW=random is not None, WHOLE=chunks.whole,
         SLOTS=config.slots, WIDTH=max(config.slot_tile // chunks.padded, 4), **state.keywords, **chunks.keywords,
-        **after(overlap, not whole), num_warps=config.select_warps, maxnreg=config.select_registers,
+        **after(overlap, not chunks.whole), **chunks.select_options,
     )  # fmt: skip
 
 
@@ -538,7 +614,7 @@ KERNELS = guess_kernel, sweep_kernel, select_kernel, draw_kernel  # of a search,
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Each filter, for vocabularies of one chunk, of Llama-2 and of Llama-3, with overlap and without."""
+    """Each filter, for vocabularies of one chunk, of Llama-2, of GPT-2 and of Llama-3, with overlap and without."""
     ids = torch.empty(8, dtype=torch.int32, device="meta")
     out, state = (ids, ids.bool()), Random(None, 2**40, None, 0)
     kinds = {
@@ -546,11 +622,24 @@ def compile_cases() -> Iterator[CompileCase]:
         "first": Filters(None, 40, None, 0.9),
         "joint": Filters(None, 40, None, 0.9, True),
     }
-    for length, pdl in ((1000, False), (32000, False), (128256, True)):
+    for length, pdl in ((1000, False), (32000, False), (50257, False), (128256, True)):
         probs, chunks = torch.empty((8, length), device="meta"), chunks_of(length, None)
         for kind, filters in kinds.items():
             launch = partial(sample, *out, probs, None, filters, state, chunks, pdl)
             yield from _recordings(f"{kind} vocab={length}", launch, pdl)
+    rows = torch.empty((8, 32000), dtype=torch.bfloat16, device="meta")
+    for mass in (False, True):
+        launch = partial(
+            thresholds,
+            rows,
+            Filters(None, 40),
+            chunks_of(32000, None),
+            signed=not mass,
+            mass=mass,
+            exact=True,
+            pdl=False,
+        )
+        yield from _recordings(f"thresholds of whole rows bf16 mass={mass}", launch)
     probs, tensors = probs.bfloat16(), Filters(ids, 0, ids.float(), 1.0)
     state = Random(ids.long(), 0, ids.long(), 0)
     yield from _recordings("tensors bf16", partial(sample, *out, probs, ids, tensors, state, chunks, False))
