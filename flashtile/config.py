@@ -302,13 +302,16 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
             narrow = "plain" not in (p.k_format, p.v_format)
             variant = p.window_left >= 0 or p.window_right >= 0 or p.logits_soft_cap > 0  # its registers would spill
             if whole and narrow and not variant and sm >= (9, 0):
-                return _narrow_row(p, w.batch_size * p.num_kv_heads <= 2 * sms)
+                return _narrow_row(p, w, sms)
             if w.batch_size * p.num_kv_heads <= 2 * sms:
                 # few tiles: two KV blocks in flight keep one CTA an SM at 84 % of the copy rate (H100, 16 x 4k tokens),
                 # where twice the CTAs, each with one block in flight, lose 4 % to the merge
-                return Config(
+                row = Config(
                     "portable", 16, block_n, group, num_stages=5, split_cost=2.0, fused_merge=True, max_registers=168
                 )
+                # long ones, longer steps: 16 x 4k tokens 96 us, 98 by 64; 16 x 16k 357, 366; but 1 x 4k 16.9, 16.3
+                longer = whole and not variant and w.total_kv_len * p.num_kv_heads >= 2048 * sms
+                return replace(row, block_n=128) if longer and sm >= (9, 0) else row
             # many tiles: four CTAs an SM hold 64 x 8 tiles at once; 370 us for 64 x 4k tokens where two take 386
             overlap = sm >= (9, 0)
             return Config("portable", 16, block_n, group, num_stages=3, ctas_per_sm=4, split_cost=2.0, overlap=overlap)
@@ -326,17 +329,26 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
     return Config("portable", 128, 64, group, num_warps=8, split_cost=4.0)  # enough rows to be bound by arithmetic
 
 
-def _narrow_row(p: Problem, few_tiles: bool) -> Config:
+def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     """Decode over caches of 8 and 4 bits: a step of 64 tokens is few bytes, so steps are longer (H100, 32/8 heads,
     page 16, in us; benchmarks/results/h100_decode_narrow.jsonl)."""
     row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0)
-    if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
+    if (
+        w.batch_size * p.num_kv_heads <= 2 * sms
+    ):  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
         return replace(row, fused_merge=True)
     row = replace(row, overlap=True)
-    if p.k_format == p.v_format == "int4":  # 64 x 4k tokens: 132; 64 tokens a step 182
+    formats = {p.k_format, p.v_format}
+    # A row of one head is 128 bytes, or 64: CTAs of several heads read more at a place, and numbers that are multiplied
+    # as they are leave time for it. 64 x 4k / 64 x 16k tokens: int4 by 4 heads 128 / 444, by 2 165 / 605, one after the
+    # other 132 / 560; int8 by 2 heads 200 / 748, one after the other 220 / 845
+    heads = 4 if formats == {"int4"} else 2
+    if formats & {"int8", "int4"} and p.rope is None and p.num_kv_heads % heads == 0:
+        return replace(row, block_n=64, ctas_per_sm=2, ways=4, heads=heads, raw=True)
+    if formats == {"int4"}:  # 64 x 4k tokens: 132; 64 tokens a step 182
         return replace(row, num_stages=3, ctas_per_sm=4)
-    # fp8 191, 128 tokens a step 222; int8 222, 256 tokens and two CTAs 205, but scales in groups would spill there
-    fp8 = "int8" not in (p.k_format, p.v_format) and "int4" not in (p.k_format, p.v_format)
+    # fp8 191, 128 tokens a step 222
+    fp8 = not formats & {"int8", "int4"}
     return replace(row, block_n=64, num_stages=3, ctas_per_sm=4, max_registers=128 if fp8 else None)
 
 
@@ -492,8 +504,8 @@ class SamplingConfig:
             raise ValueError(f"slots: expected a multiple of 4 from 8 to chunk = {self.chunk}, got {self.slots}")
 
 
-def choose_sampling(vocab_size: int) -> SamplingConfig:
-    """The configuration for rows of vocab_size entries. Estimated, not yet measured."""
+def choose_sampling(vocab_size: int, sm: tuple[int, int] = (9, 0)) -> SamplingConfig:
+    """The configuration for rows of vocab_size entries. `sm`: compute capability."""
     if vocab_size <= 65536:
-        return SamplingConfig()
+        return SamplingConfig() if sm >= (9, 0) else SamplingConfig(row=16384)  # 32768 would spill 200 bytes
     return SamplingConfig(chunk=4096, chunk_warps=4, sample=2048, sweep_warps=4, slots=1024)

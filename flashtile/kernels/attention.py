@@ -4,6 +4,7 @@ FlashAttention-2 (arXiv:2307.08691) with a work list: prefill, append and decode
 the items of the list and in the small functions of kv.py and variants.py that are passed in.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -609,7 +610,8 @@ def run(
 ) -> None:
     """Launch the portable family: q [nnz_qo, num_qo_heads, head_dim_qk]; k, v as NHD, paged [pages, page_size, heads,
     dim] or ragged [nnz_kv, heads, dim]; out and lse are written. Partial states go to the workspace and are merged."""
-    p, c = plan.problem, plan.config
+    p = plan.problem
+    c = suited(plan.config, scales or NO_SCALES)
     scales = fit_scales(scales, c) if scales else NO_SCALES
     partial, partial_lse = plan.partials(workspace)
     k, v = words(k, p.k_format), words(v, p.v_format)
@@ -627,6 +629,14 @@ def run(
         )  # fmt: skip
     if plan.num_merges and not c.fused_merge:
         launch_merge(plan, out, lse, workspace, sinks)
+
+
+def suited(c: Config, scales: Scales) -> Config:
+    """The plan's configuration, but for one head a CTA where scales come in groups: they take the registers that more
+    would need. Items and partial states are the same."""
+    if c.heads == 1 or "group" not in (scales.k and scales.k.form, scales.v and scales.v.form):
+        return c
+    return replace(c, heads=1, ways=1, raw=False, num_stages=3)
 
 
 def fit_scales(scales: Scales, c: Config) -> Scales:
@@ -797,6 +807,10 @@ def compile_cases() -> list[CompileCase]:
                   ("int8", torch.int8, "token"), ("int4", torch.uint8, "token"),
                   ("int4", torch.uint8, "zero"), ("int4", torch.uint8, "group"),
               )],
+            *[_case(f"decode.{cache}.{form}.page{page}.b64", sm, half, 1, _scales(form), 64, page_size=page, kv_dtype=cache_dtype)
+              for cache, cache_dtype in (("int8", torch.int8), ("int4", torch.uint8))
+              for form, page in (("token", 16), ("token", 1), ("zero", 16), ("head", 16), ("group", 16))],
+            *[_case(f"decode.long.page{n}", sm, half, 1, kv_len=8192, page_size=n) for n in (1, 16)],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
             _case("decode.fp32.int4.group", sm, full, 1, _scales("group"), page_size=16, kv_dtype=torch.uint8),
@@ -858,11 +872,13 @@ def _case(
     qo_len: int,
     scales: Scales = NO_SCALES,
     batch_size: int = 8,
+    kv_len: int = 1024,
     **fields: Any,
 ) -> CompileCase:
     heads = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim_qk": 128, "head_dim_vo": 128, "kv_dtype": dtype}
     problem = Problem(**{**heads, **fields}, q_dtype=dtype, o_dtype=dtype)
-    config = portable(problem, Workload(batch_size, batch_size * qo_len, qo_len, batch_size * 1024, 1024), sm)
+    work = Workload(batch_size, batch_size * qo_len, qo_len, batch_size * kv_len, kv_len)
+    config = suited(portable(problem, work, sm), scales)
     scales = fit_scales(scales, config)
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     strides = tuple(n for n in attention_kernel.arg_names if n.startswith("stride_"))

@@ -52,7 +52,7 @@ def sample_from_probs(
         return
     random = Random(seed, seed_value, offset, offset_value)
     filters = Filters(top_k, top_k_value, top_p, top_p_value, joint)
-    on, chunks = filters.keywords(probs.shape[1]), chunks_of(probs.shape[1], config)
+    on, chunks = filters.keywords(probs.shape[1]), chunks_of(probs.shape[1], config, probs.device)
     if not (on["USE_K"] or on["USE_P"]):
         draw.draw(ids, valid, probs, indices, min_p, min_p_value, random, chunks, pdl)
     elif min_p is None and min_p_value == 0:

@@ -156,7 +156,7 @@ def compile_cases() -> Iterator[CompileCase]:
     ids, state = torch.empty(8, dtype=torch.int32, device="meta"), Random(None, 2**40, None, 0)
     for length, pdl in ((1000, False), (32000, False), (128256, False), (128256, True)):
         probs = torch.empty((8, length), device="meta")
-        chunks = chunks_of(length, None)
+        chunks = chunks_of(length, None, probs.device)
         launch = partial(draw, ids, ids.bool(), probs, None, None, 0.0, state, chunks, pdl)
         yield from _recordings(f"vocab={length}", (mass_kernel, draw_kernel), launch, pdl)
         launch = partial(draw, ids, ids.bool(), probs.bfloat16(), ids, ids.float(), 0.0, state, chunks, pdl)

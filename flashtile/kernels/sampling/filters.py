@@ -56,7 +56,7 @@ def renorm_probs(
     """out = the probabilities that are kept, relative to their sum [rows, vocab], fp32; NaN in a row that has none."""
     if not len(probs):
         return
-    chunks = chunks_of(probs.shape[1], config)
+    chunks = chunks_of(probs.shape[1], config, probs.device)
     filters = Filters(top_k, top_k_value, top_p, top_p_value)
     from_value, kept = thresholds(probs, filters, chunks, signed=False, mass=True, pdl=pdl)
     renorm_kernel[(len(probs) * chunks.count,)](
@@ -76,7 +76,7 @@ def mask_logits(
     """out = logits [rows, vocab], fp32, with -inf below the k-th largest of the row."""
     if not len(logits):
         return
-    chunks = chunks_of(logits.shape[1], config)
+    chunks = chunks_of(logits.shape[1], config, logits.device)
     from_value, _ = thresholds(logits, Filters(top_k, top_k_value), chunks, signed=True, mass=False, pdl=pdl)
     mask_kernel[(len(logits) * chunks.count,)](
         out, logits, logits.stride(0), from_value, chunks.length, chunks.count,

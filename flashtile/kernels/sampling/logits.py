@@ -133,7 +133,7 @@ def sample_from_logits(
     if not len(ids):
         return
     random, overlap = Random(seed, seed_value, offset, offset_value), overlaps(logits, pdl)
-    chunks = chunks_of(logits.shape[1], config)
+    chunks = chunks_of(logits.shape[1], config, logits.device)
     if share_rows(logits, indices):
         sums = torch.cat([_exp_sums(logits[part], None, chunks, overlap) for part in _sum_slices(len(logits), chunks)])
         _draw(ids, valid, logits, indices, sums, random, chunks, True, overlap)
@@ -182,7 +182,7 @@ def softmax(
     """out = softmax(logits / temperature) [rows, vocab], fp32; zeros for a row of -inf alone."""
     if not len(logits):
         return
-    chunks, overlap = chunks_of(logits.shape[1], config), overlaps(logits, pdl)
+    chunks, overlap = chunks_of(logits.shape[1], config, logits.device), overlaps(logits, pdl)
     grid = (len(logits) * chunks.count,)
     heat = {"TEMPERATURES": temperature is not None}
     sums = None

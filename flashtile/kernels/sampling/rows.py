@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -200,9 +201,9 @@ class Chunks:
 
 
 @cache
-def chunks_of(length: int, config: SamplingConfig | None) -> Chunks:
+def chunks_of(length: int, config: SamplingConfig | None, device: torch.device) -> Chunks:
     """How rows of `length` are cut, by the config given or the one chosen. NotImplementedError for rows too long."""
-    config = config or choose_sampling(length)
+    config = config or choose_sampling(length, capability(device) if device.type == "cuda" else (9, 0))
     size = min(config.chunk, max(128, triton.next_power_of_2(length)))
     count = triton.cdiv(length, size)
     if count > MAX_CHUNKS:

@@ -85,7 +85,7 @@ def top_k(
     """ids [rows, k]: the k largest of input[r, start : start + length], as rising positions from start; then -1."""
     if not len(input):
         return
-    k, chunks = ids.shape[1], chunks_of(input.shape[1], config)
+    k, chunks = ids.shape[1], chunks_of(input.shape[1], config, input.device)
     from_value, _ = thresholds(
         input, Filters(top_k_value=k), chunks, signed=True, mass=False, exact=True, starts=starts, lengths=lengths,
         pdl=pdl,

@@ -128,7 +128,8 @@ def chain_speculative(
     batch_size, num_tokens = draft_token_ids.shape
     if not batch_size:
         return
-    random, chunks = Random(seed, seed_value, offset, offset_value), chunks_of(draft_probs.shape[2], config)
+    random = Random(seed, seed_value, offset, offset_value)
+    chunks = chunks_of(draft_probs.shape[2], config, draft_probs.device)
     ends = ids.new_empty(batch_size)
     masses = ids.new_empty((batch_size, 2, chunks.padded), dtype=torch.float32)
     probs = (

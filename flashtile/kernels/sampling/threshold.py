@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtile.config import choose_sampling
 from flashtile.kernels.sampling.draw import draw_from_masses, draw_kernel
 from flashtile.kernels.sampling.guess import NO_LIMIT, filters_of_row, guess, guess_kernel, key_of, value_of
 from flashtile.kernels.sampling.rows import (
@@ -622,24 +623,25 @@ def compile_cases() -> Iterator[CompileCase]:
         "first": Filters(None, 40, None, 0.9),
         "joint": Filters(None, 40, None, 0.9, True),
     }
-    for length, pdl in ((1000, False), (32000, False), (50257, False), (128256, True)):
-        probs, chunks = torch.empty((8, length), device="meta"), chunks_of(length, None)
+    for length, sms in ((1000, (80, 90)), (32000, (80, 80)), (32000, (90, 90)), (50257, (80, 90)), (128256, (90, 90))):
+        probs, config = torch.empty((8, length), device="meta"), choose_sampling(length, (sms[0] // 10, 0))
+        chunks, pdl = chunks_of(length, config, probs.device), sms == (90, 90)
         for kind, filters in kinds.items():
             launch = partial(sample, *out, probs, None, filters, state, chunks, pdl)
-            yield from _recordings(f"{kind} vocab={length}", launch, pdl)
+            yield from _recordings(f"{kind} vocab={length}", launch, *sms)
     rows = torch.empty((8, 32000), dtype=torch.bfloat16, device="meta")
     for mass in (False, True):
         launch = partial(
             thresholds,
             rows,
             Filters(None, 40),
-            chunks_of(32000, None),
+            chunks_of(32000, None, rows.device),
             signed=not mass,
             mass=mass,
             exact=True,
             pdl=False,
         )
-        yield from _recordings(f"thresholds of whole rows bf16 mass={mass}", launch)
+        yield from _recordings(f"thresholds of whole rows bf16 mass={mass}", launch, 90)
     probs, tensors = probs.bfloat16(), Filters(ids, 0, ids.float(), 1.0)
     state = Random(ids.long(), 0, ids.long(), 0)
     yield from _recordings("tensors bf16", partial(sample, *out, probs, ids, tensors, state, chunks, False))
@@ -651,6 +653,7 @@ def compile_cases() -> Iterator[CompileCase]:
     yield from _recordings("thresholds of windows bf16", launch)
 
 
-def _recordings(name: str, launch: Any, pdl: bool = False) -> list[CompileCase]:
-    cases = recordings(lambda kernel: f"{kernel.__name__} {name}", KERNELS, launch, min_capability=90 if pdl else 80)
+def _recordings(name: str, launch: Any, first: int = 80, last: int = 90) -> list[CompileCase]:
+    sms = {"min_capability": first, "max_capability": last}
+    cases = recordings(lambda kernel: f"{kernel.__name__} {name}", KERNELS, launch, **sms)
     return [case for case in cases if case.kernel in (sweep_kernel, select_kernel)]  # the others have their own
