@@ -29,8 +29,6 @@ class Config:
     section_tiles: see Tiling.
     gather_warps: 2 or 4, of each of the Hopper family's two loaders where K and V are gathered by rows; 2 where 4 would
         leave its consumers too few registers (head_dim_qk 192, or 128 with a soft cap).
-    fixed_max, emulated_exp2: of the Hopper family, see Spec (kernels/hopper/spec.py); the first for capped logits in
-        bf16.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result. turn_q: but q is rotated by the Hopper family, in shared memory.
         copy_v: V, too, if it is paged; else it is read from its pages.
@@ -59,8 +57,6 @@ class Config:
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
     gather_warps: int = 2
-    fixed_max: bool = False
-    emulated_exp2: int = 0
     copy_first: bool = False
     turn_q: bool = False
     copy_v: bool = True
@@ -78,20 +74,12 @@ class Config:
             )
         if self.gather_warps not in (2, 4):
             raise ValueError(f"gather_warps: expected 2 or 4, got {self.gather_warps}")
-        if self.family == "hopper" and (
-            self.block_m not in (64, 128, 192) or self.block_m == 192 and self.block_n > 64
-        ):
+        if self.family == "hopper" and self.block_m not in (64, 128):
             raise ValueError(
-                "block_m, block_n: the Hopper family has one to three consumers of 64 rows, and three have registers "
-                f"for 64 keys a step, got {self.block_m}, {self.block_n}"
+                f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
+                "more registers than there are"
             )
-        if not 0 <= self.emulated_exp2 <= 8 or (self.family != "hopper" and (self.fixed_max or self.emulated_exp2)):
-            raise ValueError(
-                "fixed_max, emulated_exp2: expected False and 0, or for the Hopper family True and 0 to 8 (of 8 powers "
-                f"of two), got family={self.family!r}, fixed_max={self.fixed_max}, emulated_exp2={self.emulated_exp2}"
-            )
-        if self.turn_q and self.block_m == 192:
-            raise ValueError("turn_q: expected a block_m of 64 or 128, got 192; three consumers leave no warp for it")
+
         if self.family != "hopper" and (self.turn_q or not self.copy_v):
             raise ValueError(
                 f"turn_q, copy_v: only the Hopper family rotates q itself, and reads K and V by page tables of their "
@@ -104,16 +92,6 @@ class Config:
             raise ValueError(
                 f"heads: expected a divisor of num_kv_heads={problem.num_kv_heads}, and a pack of all "
                 f"{problem.group_size} heads of a group, got heads={self.heads}, pack={self.pack}"
-            )
-        if self.family == "hopper" and self.block_m == 192 and max(problem.head_dim_qk, problem.head_dim_vo) > 64:
-            raise ValueError(
-                f"block_m: expected 64 or 128 for head_dim {problem.head_dim_qk}/{problem.head_dim_vo}, got 192; three "
-                "consumers have registers for 64"
-            )
-        if self.fixed_max and not fits_fixed_max(problem):
-            raise ValueError(
-                f"fixed_max: expected bfloat16 and a logits_soft_cap of at most {FIXED_MAX_CAP:g}, got "
-                f"{problem.q_dtype} and {problem.logits_soft_cap:g}"
             )
         groups = problem.num_qo_heads // self.pack // self.heads
         return Tiling(
@@ -209,37 +187,13 @@ def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:
     return None
 
 
-FIXED_MAX_CAP = 55.0  # exponents of two are within 1.25 * 55 * log2(e) = 99: sums of p v stay within fp32
-
-
-def fits_fixed_max(p: Problem) -> bool:
-    """Whether exponents of capped logits may refer to a constant: not in fp16, nor for caps that leave fp32's range."""
-    return p.q_dtype == torch.bfloat16 and 0 < p.logits_soft_cap <= FIXED_MAX_CAP
-
-
 def hopper(p: Problem, w: Workload) -> Config:
     """The Hopper family's rows: the first that fits wins."""
-    row = _hopper_row(p, w)
-    if fits_fixed_max(p):
-        # Two MUFU operations a logit fill the unit for as long as the products take. By count (SASS, of a warp and step
-        # of 128 keys; plain 466 instructions with 66 MUFU): 594 with 130, fixed_max 449 with 128, 2 of 8 emulated 561
-        # with 112. Predicted at 4 x 4096 tokens: 947 us become 840, plain 774; not timed yet
-        return replace(row, fixed_max=True, emulated_exp2=2 if p.head_dim_qk <= 128 else 0)
-    return row
-
-
-def _hopper_row(p: Problem, w: Workload) -> Config:
-    """Tiles, and what the scheduler should assume."""
     group, rows = p.group_size, w.max_qo_len * p.group_size
     block_n, stages = {(64, 64): (128, 4), (96, 96): (128, 3), (256, 256): (64, 2)}.get(
         (p.head_dim_qk, p.head_dim_vo), (128, 2)
     )
-    # Requests with a few query tokens, as in decode, fill a tile of each head, but one in `group` if heads are packed;
-    # for the others, packing takes Q's and O's rows off TMA. Of 64 requests, half of them decode: 541 steps a CTA
-    # instead of 615, predicted 528 -> 590 TFLOP/s; not timed yet
-    # (wider heads would spill registers together with a window, a cap and sinks)
-    mixed = p.head_dim_qk <= 128 and w.num_short * 16 > w.nnz_qo / 128  # tiles of one head
-    pack = group if group > 1 and (w.max_qo_len <= 64 or mixed) else 1
+    pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0, overlap=True)
     # The list: all tiles of one KV head one after the other, so that they find it in L2. Where tiles differ in length,

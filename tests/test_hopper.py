@@ -1,18 +1,14 @@
 """What the Hopper family decides on the host: how tensors become matrices for TMA, and what fits into shared memory."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from flashtile import config
 from flashtile.config import HOPPER_DIMS, box_rows, hopper, hopper_refusal
 from flashtile.kernels.hopper.attention import (
-    LOG2_E,
     SHARED_BYTES,
     SMALL_BYTES,
     Matrix,
@@ -22,15 +18,11 @@ from flashtile.kernels.hopper.attention import (
     shared_bytes,
     turns,
 )
-from flashtile.kernels.hopper.exp2 import _POLYNOMIAL
-from flashtile.kernels.hopper.mainloop import REFERENCE
 from flashtile.kernels.hopper.rotator import position_of
 from flashtile.kernels.hopper.spec import Spec, panel, pieces, turned_columns, turned_rows
 from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem, Workload
-
-Floats = npt.NDArray[np.float32]
 
 VIEWS = {
     "nhd": torch.zeros(7, 3, 64),
@@ -120,21 +112,6 @@ def test_what_the_kernel_cannot_turn_is_left_to_the_portable_family() -> None:
     assert portable_plan(plan).problem.rope == Rope()
 
 
-def test_heads_are_packed_where_many_requests_decode() -> None:
-    half = torch.bfloat16
-    problem = Problem(32, 8, 128, 128, half, half, half, window_right=0)
-
-    def chosen(qo_lens: list[int]) -> tuple[int, int]:
-        qo_indptr = np.cumsum([0, *qo_lens])
-        kv_len = np.array(qo_lens) + 1000
-        c = hopper(problem, Lengths(qo_indptr, np.zeros_like(kv_len), kv_len).workload())
-        return c.pack, c.heads_per_item
-
-    assert chosen([1000, 1] * 32) == (4, 1)
-    assert chosen([8192] * 4 + [1, 1]) == (1, 4)
-    assert chosen([1024] * 16) == chosen([1024, 0] * 16) == (1, 4)
-
-
 def test_refusals() -> None:
     half = torch.bfloat16
     assert hopper_refusal(Problem(32, 8, 128, 128, half, half, half), (9, 0)) is None
@@ -195,64 +172,3 @@ def test_loaders_of_4_warps_where_consumers_can_spare_the_registers() -> None:
         (replace(plain, gather=False), 2),
     ):
         assert fit(spec).gather_warps == warps, spec
-
-
-def ptx(code: str, x: Floats) -> Floats:
-    """What fp32 PTX makes of ${x}: register by register, rounded as the GPU does."""
-    registers: dict[str, Any] = {"${x}": x}
-
-    def value(operand: str) -> Any:
-        if operand.startswith("0f"):
-            return np.uint32(int(operand[2:], 16)).view(np.float32)
-        return registers[operand] if operand in registers else np.int32(int(operand))
-
-    operations: dict[str, Callable[..., Any]] = {
-        "max": np.maximum,
-        "add.ftz": np.add,
-        "sub": np.subtract,
-        "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
-        "shl": lambda a, n: np.left_shift(a, n),
-        "add.s32": lambda a, b: np.add(a, b),
-        "mov": lambda a: a.view(np.int32) if a.dtype == np.float32 else a.view(np.float32),
-    }
-    for line in filter(None, (part.strip() for part in code.split(";"))):
-        opcode, operands = line.split(" ", 1)
-        target, *sources = operands.replace(" ", "").split(",")
-        operation = next(f for name, f in operations.items() if opcode.startswith(name))
-        registers[target] = operation(*map(value, sources))
-    return np.asarray(registers["${y}"])
-
-
-def test_powers_of_two_by_polynomial() -> None:
-    x = np.concatenate([np.linspace(-125, 60, 400_001), [0.0, -1.0, 31.0]]).astype(np.float32)
-    exact = np.exp2(x.astype(np.float64))
-    assert np.abs(ptx(_POLYNOMIAL, x) / exact - 1).max() < 1.1e-4
-    below = np.concatenate([np.linspace(-128, -125, 10_001), [-126.5, -127.0]]).astype(np.float32)
-    assert np.abs(ptx(_POLYNOMIAL, below) - np.exp2(below.astype(np.float64))).max() < 1e-38
-    masked = np.array([-np.inf, -1e30, -127.0], dtype=np.float32)
-    assert (ptx(_POLYNOMIAL, masked).view(np.int32) == 0).all(), "masked logits weigh nothing, exactly"
-
-
-@pytest.mark.parametrize("cap", [0.5, 30.0, 55.0])
-def test_capped_logits_need_no_maximum(cap: float) -> None:
-    """p relative to a quarter of the cap: sums in fp32 of bf16 values are those of a softmax, at every height."""
-    random = np.random.default_rng(0)
-    for height in (-1.0, -0.5, 0.0, 0.9):
-        t = np.clip(height + 0.1 * random.standard_normal((4, 512)), -1, 1).astype(np.float32)
-        v = random.standard_normal((512, 16))
-        p = np.exp2(t * np.float32(cap * LOG2_E) - np.float32(REFERENCE.value * cap * LOG2_E))
-        assert p.min() > 2.0**-126
-        assert p.max() < 2.0**64
-        logits = t.astype(np.float64) * cap
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        expected = weights @ v / weights.sum(1, keepdims=True)
-        got = (p @ v.astype(np.float32)) / p.sum(1, keepdims=True)
-        assert np.abs(got - expected).max() < 2e-5 * max(cap, 1)
-    half = torch.bfloat16
-    problem = Problem(32, 8, 128, 128, half, half, half, logits_soft_cap=cap)
-    work = Workload(1, 512, 512, 512, 512)
-    assert hopper(problem, work).fixed_max
-    refused = replace(problem, q_dtype=torch.float16)
-    assert not hopper(refused, work).fixed_max
-    with pytest.raises(ValueError, match="fixed_max"):
-        hopper(problem, work).tiling(refused, 132)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashtile.config import Config, num_sms
 from flashtile.plan.encoding import alibi_slopes, frequencies
 from flashtile.plan.moves import MOVE_STRIDE, Moves, make_moves, moved_bytes
-from flashtile.plan.problem import SHORT_QO, Problem, Workload
+from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import (
     ITEM_FIELDS,
     ITEM_STRIDE,
@@ -44,7 +44,6 @@ class Lengths:
             max_qo_len=int(qo_len.max(initial=0)),
             total_kv_len=int(self.kv_len.sum()),
             max_kv_len=int(self.kv_len.max(initial=0)),
-            num_short=int(((qo_len > 0) & (qo_len <= SHORT_QO)).sum()),
         )
 
 

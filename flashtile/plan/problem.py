@@ -90,19 +90,12 @@ class Problem:
             self.rope.check()
 
 
-SHORT_QO = 16
-
-
 @dataclass(frozen=True)
 class Workload:
-    """The lengths of a batch in a few numbers, for choosing a configuration.
-
-    num_short: requests of 1 to SHORT_QO query tokens.
-    """
+    """The lengths of a batch in a few numbers, for choosing a configuration."""
 
     batch_size: int
     nnz_qo: int
     max_qo_len: int
     total_kv_len: int
     max_kv_len: int
-    num_short: int = 0

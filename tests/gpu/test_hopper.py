@@ -207,45 +207,6 @@ def test_gathering_warps(case: AttentionCase, warps: int, forced: dict[str, obje
     check(case, torch.bfloat16, gather_warps=warps, **forced)
 
 
-CAPPED = [
-    replace(_ALIGNED, name="aligned.cap", logits_soft_cap=50.0),
-    replace(_ALIGNED, name="aligned.cap.large", logits_soft_cap=30.0, q_gain=20.0),
-    replace(_RAGGED, name="ragged.cap.window", logits_soft_cap=30.0, window_left=100, sinks=True),
-    replace(_PAGED, name="paged.cap", logits_soft_cap=0.5),
-    replace(_ALIGNED, name="empty.cap", kv_lens=(384, 0, 128), qo_lens=(128, 128, 384), logits_soft_cap=50.0),
-]
-
-
-@pytest.mark.parametrize(
-    "forced", [{}, {"emulated_exp2": 0}, {"emulated_exp2": 8}, {"fixed_max": False}, {"kv_chunk": 128}], ids=str
-)
-@pytest.mark.parametrize("case", CAPPED, ids=str)
-def test_soft_cap(case: AttentionCase, forced: dict[str, object]) -> None:
-    check(case, torch.bfloat16, **forced)
-
-
-VARIED = [c for c in LONG_CASES if c.name in ("aligned", "aligned.empty", "ragged", "ragged.window", "paged.page16")]
-ROWS_192 = {"block_m": 192, "block_n": 64}
-
-
-@pytest.mark.parametrize(
-    "forced",
-    [{"emulated_exp2": 1}, {"emulated_exp2": 8}, {"num_stages": 3}, {"pack": 2, "heads_per_item": 1}],
-    ids=str,
-)
-@pytest.mark.parametrize("case", VARIED, ids=str)
-def test_variants(case: AttentionCase, forced: dict[str, object]) -> None:
-    check(case, torch.bfloat16, **forced)
-
-
-@pytest.mark.parametrize(
-    "forced", [ROWS_192, {**ROWS_192, "kv_chunk": 128}, {**ROWS_192, "pack": 2, "heads_per_item": 1}], ids=str
-)
-@pytest.mark.parametrize("case", [*VARIED, next(c for c in LONG_CASES if c.name == "paged.page1")], ids=str)
-def test_three_consumers(case: AttentionCase, forced: dict[str, object]) -> None:
-    check(replace(case, head_dim=64), torch.bfloat16, **forced)
-
-
 @pytest.mark.parametrize("warps", [2, 4])
 @pytest.mark.parametrize("name", ["aligned", "ragged", "paged.page1", "paged.append", "paged.append.page1"])
 def test_same_bits_100_times(name: str, warps: int) -> None:

@@ -144,7 +144,7 @@ def attention_kernel(
             role_warps(C),
             role_registers(C),
         )
-    elif C.consumers == 2 and not C.rope:
+    elif not C.rope:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
@@ -155,7 +155,7 @@ def attention_kernel(
             role_warps(C),
             role_registers(C),
         )
-    elif C.consumers == 2:
+    else:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, ready, outputs, scales, window, C)),
@@ -164,18 +164,6 @@ def attention_kernel(
                 (v_loader, (smem, bars, v, work, v_table, C)),
                 (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
                 (q_rotator, (1, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
-            ],
-            role_warps(C),
-            role_registers(C),
-        )
-    else:  # no warp is left for a third rotator: Config.turn_q is refused
-        gl.warp_specialize(
-            [
-                (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (consumer, (1, smem, ready, outputs, scales, window, C)),
-                (consumer, (2, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, k_table, C)),
-                (v_loader, (smem, bars, v, work, v_table, C)),
             ],
             role_warps(C),
             role_registers(C),
@@ -284,8 +272,8 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, gather_warps=c.gather_warps,
         box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
-        soft_cap=p.logits_soft_cap > 0, fixed_max=c.fixed_max, emulated=c.emulated_exp2, split=plan.num_merges > 0,
-        rope=p.rope is not None, follows=plan.copied and c.overlap,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=p.rope is not None,
+        follows=plan.copied and c.overlap,
     )  # fmt: skip
 
 
@@ -433,15 +421,8 @@ def compile_cases() -> Iterator[CompileCase]:
         "page3.dim64.all.warps4": replace(rows, gather_warps=4, d_qk=64, d_vo=64, stages=4),
         "page1.dim192x128": replace(gathered, d_qk=192),
         "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False),
-        "cap.fixed_max": replace(causal, soft_cap=True, fixed_max=True, emulated=2),
-        "window.cap.fixed_max": replace(causal, left=True, soft_cap=True, fixed_max=True, emulated=2, aligned=False),
-        "emulated": replace(causal, emulated=2, aligned=False),
-        "packed.stages3": replace(
-            causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False
-        ),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
-        "dim64.rows192": replace(causal, d_qk=64, d_vo=64, block_n=64, consumers=3, stages=4, aligned=False),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
         "dim192x128": replace(causal, d_qk=192),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),

@@ -5,10 +5,6 @@ block j together, and works on the softmax of S while P V runs. The row maximum 
 and the
 scale is folded into the exponent: p = exp2(s c - m c).
 
-Capped logits need no maximum. They are within +-cap, so that exponents may refer to a constant, a quarter of the cap:
-p is between 2**-100 and 2**60 for caps up to 55, which bf16 and fp32 hold with their full precision (fp16 does not). A
-step then has no maxima, no shuffles and no rescaling of O, 140 of its 600 instructions.
-
 PIN. The exps of the left half of S come before the wait for P V, those of the right half after it, where the rescaling
 of O and the packing of P fill the gaps of the exp unit. A second wait on a barrier that is already complete (q_full)
 stands
@@ -28,7 +24,6 @@ from flashtile.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from flashtile.kernels.hopper.epilogue import rescale, store_tile
-from flashtile.kernels.hopper.exp2 import exp2
 from flashtile.kernels.hopper.loader import stage
 from flashtile.kernels.hopper.spec import (
     K_EMPTY,
@@ -48,7 +43,6 @@ NEG_INF = gl.constexpr(float("-inf"))
 FLOOR = gl.constexpr(
     -1e30
 )  # where a row's maximum starts: finite, so that a row without keys gives exp2(-inf) = 0, never NaN
-REFERENCE = gl.constexpr(0.25)  # what stands for the maximum of capped logits, in units of the cap
 
 
 @gluon.jit
@@ -165,22 +159,6 @@ def mask(s, n, high, low, C: gl.constexpr):
 
 
 @gluon.jit
-def columns_of(rows, s):
-    """A value per row, [64], to be combined with s [64, keys]: [64, 1]."""
-    return gl.convert_layout(rows, gl.SliceLayout(1, s.type.layout), assert_trivial=True)[:, None]
-
-
-@gluon.jit
-def row_max(s, bound, C: gl.constexpr):
-    """What the exponents of a row refer to, [64]: its maximum, at least `bound`; with fixed_max a constant."""
-    if C.fixed_max:
-        m = gl.full([ROWS], REFERENCE, gl.float32, row_layout())
-    else:
-        m = gl.maximum(gl.convert_layout(gl.max(s, 1), row_layout(), assert_trivial=True), bound)
-    return m
-
-
-@gluon.jit
 def first_softmax(s, tile, scales, dtype: gl.constexpr, HALF: gl.constexpr, C: gl.constexpr):
     """P (both halves), m and l after the first block of a tile."""
     last, blocks, full, left, high, low = tile
@@ -189,19 +167,17 @@ def first_softmax(s, tile, scales, dtype: gl.constexpr, HALF: gl.constexpr, C: g
     if (last >= full) | (last < left):
         s = mask(s, last, high, low, C)
     if HALF:
-        m = row_max(s, FLOOR, C)
-        pa = exp2(s * c - columns_of(m * c, s), C)
+        m = gl.maximum(gl.max(s, 1), FLOOR)
+        pa = gl.exp2(s * c - (m * c)[:, None])
         l = sum_own(pa)
         pb = gl.zeros_like(pa)
-        if C.fixed_max:
-            pb = pa * 0.0  # of a constant, the compiler carries halves of registers through the loop: 32 PRMT a step
     else:
         sa, sb = halves(s, C)
-        m = row_max(gl.maximum(sa, sb), FLOOR, C)
-        pa = exp2(sa * c - columns_of(m * c, sa), C)
-        pb = exp2(sb * c - columns_of(m * c, sb), C)
+        m = gl.maximum(gl.max(gl.maximum(sa, sb), 1), FLOOR)
+        pa = gl.exp2(sa * c - (m * c)[:, None])
+        pb = gl.exp2(sb * c - (m * c)[:, None])
         l = sum_own(pa) + sum_own(pb)
-    return pack_p(pa, dtype), pack_p(pb, dtype), m, l
+    return pack_p(pa, dtype), pack_p(pb, dtype), gl.convert_layout(m, row_layout(), assert_trivial=True), l
 
 
 @gluon.jit
@@ -239,20 +215,16 @@ def step(
         if (n >= full) | (n < left):
             s = mask(s, n, high, low, C)
     sa, sb = halves(s, C)
-    m_new = row_max(gl.maximum(sa, sb), m, C)
+    m_new = gl.maximum(m, gl.convert_layout(gl.max(gl.maximum(sa, sb), 1), row_layout(), assert_trivial=True))
     alpha = gl.exp2((m - m_new) * c)
-    mc = columns_of(m_new * c, sa)
-    pa = exp2(sa * c - mc, C)
-    if C.fixed_max:
-        l += sum_own(pa)
-    else:
-        l = l * columns_of(alpha, l) + sum_own(pa)
+    mc = gl.convert_layout(m_new * c, gl.SliceLayout(1, sa.type.layout), assert_trivial=True)[:, None]
+    pa = gl.exp2(sa * c - mc)
+    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None] + sum_own(pa)
     wait_full(bars[0], count, C.q_slots)  # PIN
     acc = wait_pv(o_token, 0)
     named_arrive(V_EMPTY + it % C.stages, threads(C))
-    pb = exp2(sb * c - mc, C)
-    if not C.fixed_max:
-        acc = rescale(acc, alpha)
+    pb = gl.exp2(sb * c - mc)
+    acc = rescale(acc, alpha)
     l += sum_own(pb)
     return acc, pack_p(pa, dtype), pack_p(pb, dtype), m_new, l
 

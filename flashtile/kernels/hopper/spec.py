@@ -45,8 +45,6 @@ class Spec:
         position.
     rope: rows of Q are turned in shared memory; keys have been turned before. follows: K and V are written by the
         kernel before, which may still run.
-    fixed_max: exponents of capped logits refer to a constant, not to a running maximum (mainloop.py). emulated: of 8
-        powers of two, how many are polynomials (exp2.py).
     """
 
     d_qk: int
@@ -66,8 +64,6 @@ class Spec:
     right: bool = False
     aligned: bool = False
     soft_cap: bool = False
-    fixed_max: bool = False
-    emulated: int = 0
     sinks: bool = False
     split: bool = False
     rope: bool = False
@@ -106,8 +102,6 @@ def registers(spec):
         return (168, 232, 136) if spec.consumers == 1 else (128, 216, 40)
     if spec.consumers == 1:
         return 168, 232, 104
-    if spec.consumers == 3:  # for 64 keys a step and head dims up to 64: 128 keys spill 1 KB
-        return 128, 152, 56
     if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
         return 168, 224, 56
     if spec.rope and spec.d_vo < 256:  # so do the rotators, to turn several pairs at a time
