@@ -225,12 +225,6 @@ def launch(
             plan = attention_family("hopper").portable_plan(plan)
         else:
             out_scale, scales = scales.out, None
-    if (
-        plan.config.turn_q
-        and plan.inner is not None
-        and not attention_family("hopper").turns(plan, q, v, out, sm_scale)
-    ):
-        plan = attention_family("hopper").portable_plan(plan)  # which turns q and keys, and copies neither
     if plan.inner is not None:
         q, k, v, workspace = attention_family("copied").copy(plan, q, k, v, workspace)
         plan = plan.inner
@@ -288,7 +282,7 @@ class PlannedOp:
         """Bytes of float workspace that the current plan needs. RuntimeError before plan().
 
         The number of CTAs of the device bounds them, but for two kinds of prefill on Hopper: with ROPE_LLAMA, and over
-        pages of fewer than 8 tokens. There copies of the batch's K, or K and V, are counted too, unless the
+        pages of fewer than 8 tokens. There copies of the batch's KV (and of rotated q) are counted too, unless the
         workspace given has no room for them and another way needs none.
         """
         return self._planned().workspace_size()
@@ -314,7 +308,7 @@ class PlannedOp:
         need = plan.workspace_size()
         optional = self._backend == "auto" or problem.rope is None
         if config.copy_first and need + skip > self._workspace.numel() and optional:
-            # no room for copies
+            # no room for copies of q, K and V
             config = configs.choose(problem, lengths.workload(), self.device, self._backend, may_copy=False)
             plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
             need = plan.workspace_size()

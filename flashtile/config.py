@@ -30,8 +30,7 @@ class Config:
     gather_warps: 2 or 4, of each of the Hopper family's two loaders where K and V are gathered by rows; 2 where 4 would
         leave its consumers too few registers (head_dim_qk 192, or 128 with a soft cap).
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
-        the workspace; attention runs over the result. turn_q: but q is rotated by the Hopper family, in shared memory.
-        copy_v: V, too, if it is paged; else it is read from its pages.
+        the workspace; attention runs over the result.
     """
 
     family: str
@@ -58,8 +57,6 @@ class Config:
     section_tiles: int = 0
     gather_warps: int = 2
     copy_first: bool = False
-    turn_q: bool = False
-    copy_v: bool = True
 
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
@@ -78,12 +75,6 @@ class Config:
             raise ValueError(
                 f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
                 "more registers than there are"
-            )
-
-        if self.family != "hopper" and (self.turn_q or not self.copy_v):
-            raise ValueError(
-                f"turn_q, copy_v: only the Hopper family rotates q itself, and reads K and V by page tables of their "
-                f"own, got family={self.family!r}, turn_q={self.turn_q}, copy_v={self.copy_v}"
             )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
@@ -155,9 +146,7 @@ def choose(
     if problem.rope is not None:
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
-        row = hopper(served, work)
-        in_place = problem.rope is not None and problem.paged and box_rows(problem.page_size, row.block_n) > 0
-        return replace(row, copy_first=copy, turn_q=problem.rope is not None, copy_v=not in_place)
+        return replace(hopper(served, work), copy_first=copy)
     return portable(problem, work, capability(device), num_sms(device))
 
 

@@ -16,10 +16,8 @@ from flashtile.kernels.hopper.attention import (
     fit,
     portable_plan,
     shared_bytes,
-    turns,
 )
-from flashtile.kernels.hopper.rotator import position_of
-from flashtile.kernels.hopper.spec import Spec, panel, pieces, turned_columns, turned_rows
+from flashtile.kernels.hopper.spec import Spec
 from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem, Workload
@@ -82,34 +80,6 @@ def test_shared_memory(dims: tuple[int, int], qo_len: int, gather: bool) -> None
     c = hopper(Problem(32, 8, *dims, half, half, half), Workload(8, 8 * qo_len, qo_len, 8000, 1000))
     spec = fit(Spec(*dims, c.block_n, c.block_m // 64, c.num_stages, q_slots=2, gather=gather))
     assert shared_bytes(spec) <= SHARED_BYTES - SMALL_BYTES
-
-
-@pytest.mark.parametrize("dim", sorted({qk for qk, _ in HOPPER_DIMS}))
-def test_each_pair_is_turned_once(dim: int) -> None:
-    width, wide = turned_columns(dim), panel(dim)
-    found = []
-    for near in range(0, dim // 2, width):
-        for col in (near, near + dim // 2):
-            p, strip, at = position_of(col, dim)
-            assert at + width <= wide, "each half is within one panel"
-            found += [sum(pieces(dim)[:p]) + strip * wide + at + i for i in range(width)]
-    assert sorted(found) == list(range(dim))
-    assert 64 % turned_rows(dim) == 0
-    assert turned_rows(dim) % 8 == 0, "whole atoms of the swizzle"
-
-
-def test_what_the_kernel_cannot_turn_is_left_to_the_portable_family() -> None:
-    half, device = torch.bfloat16, torch.device("cpu")
-    lengths = Lengths(np.array([0, 300]), np.array([0]), np.array([700]))
-    problem = Problem(8, 2, 128, 128, half, half, half, window_right=0, rope=Rope())
-    c = replace(hopper(replace(problem, rope=None), lengths.workload()), copy_first=True, turn_q=True)
-    plan = make_plan(problem, c, lengths, torch.zeros(1, dtype=torch.int32), device)
-    q, v = torch.zeros(300, 8, 128, dtype=half), torch.zeros(700, 2, 128, dtype=half)
-    assert turns(plan, q, v, q, 0.1)
-    assert not turns(plan, q, v, q, -0.1)
-    assert not turns(plan, torch.zeros(300, 8, 129, dtype=half)[..., :128], v, q, 0.1)
-    assert not turns(plan, q, torch.zeros(1, 2, 128, dtype=half).expand(700, 2, 128), q, 0.1)
-    assert portable_plan(plan).problem.rope == Rope()
 
 
 def test_refusals() -> None:

@@ -141,44 +141,6 @@ def test_moves_bring_each_row_to_its_place_once(page_size: int) -> None:
     assert plan.workspace_size() - plan.inner.workspace_size() == pytest.approx(2 * (103 * 4 * 64 + moved_kv), abs=384)
 
 
-def test_only_keys_are_moved_where_the_kernel_turns_q() -> None:
-    half = torch.bfloat16
-    problem = Problem(4, 2, 64, 64, half, half, half, rope=Rope())
-    lengths = Lengths(np.array([0, 100]), np.array([0]), np.array([130]))
-    config = Config("hopper", 64, 64, 1, copy_first=True, turn_q=True, overlap=True)
-    plan = make_plan(problem, config, lengths, torch.zeros(1, dtype=torch.int32), torch.device("cpu"))
-    assert plan.moves is not None
-    assert plan.inner is not None
-    assert plan.inner.copied
-    assert plan.inner.problem == problem
-    assert torch.equal(plan.inner.table, plan.table)
-    assert len(plan.moves.q) == 0
-    assert len(plan.moves.kv) == 5
-    assert plan.workspace_size() - plan.inner.workspace_size() == 130 * 2 * 64 * 2
-    with pytest.raises(ValueError, match="turn_q"):
-        Config("portable", 64, 64, 1, copy_first=True, turn_q=True)
-
-
-def test_pages_of_keys_are_where_they_were_moved() -> None:
-    half = torch.bfloat16
-    problem = Problem(4, 2, 64, 64, half, half, half, page_size=16, rope=Rope())
-    kv_len, kv_base = np.array([40, 0, 33, 16]), np.array([2, 9, 5, 9])
-    lengths = Lengths(np.array([0, 1, 2, 3, 4]), kv_base, kv_len)
-    config = Config("hopper", 64, 64, 1, copy_first=True, turn_q=True, copy_v=False)
-    plan = make_plan(problem, config, lengths, torch.zeros(10, dtype=torch.int32), torch.device("cpu"))
-    assert plan.moves is not None
-    assert plan.inner is not None
-    assert plan.inner.key_indices is not None
-    assert plan.inner.problem == problem
-    moved_to = [to + t for to, *_, count, _ in plan.moves.kv.tolist() for t in range(count)]
-    pages = plan.inner.key_indices.tolist()
-    rows = [pages[base + t // 16] * 16 + t % 16 for base, n in zip(kv_base, kv_len, strict=True) for t in range(n)]
-    assert moved_to == rows
-    assert len(set(rows)) == kv_len.sum()
-    assert plan.moves.rows == (0, 7 * 16, 0)
-    assert plan.workspace_size() - plan.inner.workspace_size() == 7 * 16 * 2 * 64 * 2
-
-
 FORWARD = {
     "decode": ("decode.rope.plain", {}),
     "append": ("append.rope.plain", {"causal": True}),

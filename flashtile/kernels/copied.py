@@ -1,7 +1,7 @@
 """Attention over copies in the workspace, for families that do not rotate or gather as well in passing.
 
-With a rope, each row of K is turned once, where a prefill's tiles would turn every key once per tile; and each row of
-q, unless the family turns that itself. Paged K and V become ragged on the way, or K's pages come into order.
+With a rope, each row of q and of K is turned once, where a prefill's tiles would turn every key once per tile. Paged K
+and V become ragged on the way.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from flashtile.config import Config, num_sms
+from flashtile.config import Config
 from flashtile.kernels import kv
 from flashtile.kernels.rotation import cos_sin_for, load_frequencies, turn
 from flashtile.plan.encoding import Rope
@@ -29,37 +28,28 @@ MOVE = tl.constexpr(MOVE_STRIDE)
 @triton.jit
 def move_kernel(
     out_ptr, x_ptr, moves_ptr, kv_indices_ptr, table_ptr, stride_page, stride_row, stride_head,
-    ROW: tl.constexpr, COS_SIN: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, EACH: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
+    ROW: tl.constexpr, COS_SIN: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of tokens, EACH heads): rows of x to rows of out [n, HEADS, 2 * WIDTH], turned if there is
-    a COS_SIN. The heads share their tokens' angles, and are all read before the first is written."""
-    if OVERLAP:
-        gdc_launch_dependents()  # attention may start; it waits for this grid's stores
+    """One program per (block of tokens, head): rows of x to rows of out [n, HEADS, 2 * WIDTH], turned if there is a
+    COS_SIN."""
     move = moves_ptr + tl.program_id(0).to(tl.int64) * MOVE
     to, base, first = tl.load(move), tl.load(move + 1), tl.load(move + 2)
     count, position = tl.load(move + 3), tl.load(move + 4)
-    first_head = tl.program_id(1) * EACH
+    head = tl.program_id(1)
     token = tl.arange(0, TOKENS)
     in_range = token < count
     page, row = ROW(first + token, in_range, base, kv_indices_ptr, PAGE_SIZE, True)
     cols = tl.arange(0, BLOCK)
     mask = in_range[:, None] & (cols < WIDTH)[None, :]
-    ptrs = x_ptr + (page * stride_page + row * stride_row + first_head.to(tl.int64) * stride_head)[:, None] + cols
-    rows = ((to + token).to(tl.int64) * HEADS + first_head) * (2 * WIDTH)
-    out_ptrs = out_ptr + (rows[:, None] + cols[None, :])
-    near, far = (), ()
-    for _ in tl.static_range(EACH):
-        near = near + (tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first"),)
-        far = far + (tl.load(ptrs + WIDTH, mask=mask, other=0.0, eviction_policy="evict_first"),)
-        ptrs += stride_head
-    freqs = load_frequencies(table_ptr, 1, WIDTH, BLOCK) if COS_SIN is not None else ()
-    for h in tl.static_range(EACH):
-        x, y = near[h], far[h]
-        if COS_SIN is not None:
-            x, y = turn((x,), (y,), position + token, freqs, COS_SIN, 1.0)
-        tl.store(out_ptrs + h * 2 * WIDTH, x.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptrs + (h * 2 * WIDTH + WIDTH), y.to(out_ptr.dtype.element_ty), mask=mask)
+    ptrs = x_ptr + (page * stride_page + row * stride_row + head.to(tl.int64) * stride_head)[:, None] + cols[None, :]
+    out_ptrs = out_ptr + ((to + token).to(tl.int64) * HEADS + head)[:, None] * (2 * WIDTH) + cols[None, :]
+    near, far = tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + WIDTH, mask=mask, other=0.0)
+    if COS_SIN is not None:
+        freqs = load_frequencies(table_ptr, 1, WIDTH, BLOCK)
+        near, far = turn((near,), (far,), position + token, freqs, COS_SIN, 1.0)
+    tl.store(out_ptrs, near.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptrs + WIDTH, far.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def move(plan: Plan, out: torch.Tensor, x: torch.Tensor, moves: torch.Tensor, rotate: bool, paged: bool) -> None:
@@ -68,19 +58,13 @@ def move(plan: Plan, out: torch.Tensor, x: torch.Tensor, moves: torch.Tensor, ro
     if not len(moves):
         return
     heads, dim = out.shape[1:]
-    each = heads_of_a_program(heads, len(moves), num_sms(plan.device))
-    move_kernel[(len(moves), heads // each)](
+    move_kernel[(len(moves), heads)](
         out, x, moves, plan.kv_indices, plan.table, x.stride(0) if paged else 0, x.stride(-3), x.stride(-2),
         ROW=kv.paged_row if paged else kv.contiguous_row,
         COS_SIN=cos_sin_for(p.q_dtype == torch.float32) if rotate else None,
-        PAGE_SIZE=p.page_size, HEADS=heads, EACH=each, WIDTH=dim // 2, BLOCK=triton.next_power_of_2(dim // 2),
-        TOKENS=MOVE_TOKENS, OVERLAP=plan.config.overlap, num_warps=4 if dim <= 128 else 8,
+        PAGE_SIZE=p.page_size, HEADS=heads, WIDTH=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), TOKENS=MOVE_TOKENS,
+        num_warps=4,
     )  # fmt: skip
-
-
-def heads_of_a_program(heads: int, blocks: int, sms: int) -> int:
-    """As many as share their angles and still leave two programs for each SM: 1, 2 or 4."""
-    return next((n for n in (4, 2) if heads % n == 0 and blocks * heads >= 2 * sms * n), 1)
 
 
 def copy(
@@ -90,17 +74,15 @@ def copy(
     family's `run`."""
     p, moves = plan.problem, plan.moves
     assert moves is not None, "a plan with copy_first"
-    turned_q, turned_k, gathered_v, rest = moved(p, moves, workspace)
+    turned_q, turned_k, gathered_v, rest = moved(p, plan.work, workspace)
     rotate = p.rope is not None
-    if rotate and not plan.config.turn_q:
+    if rotate:
         move(plan, turned_q, q, moves.q, True, False)
         q = turned_q
     move(plan, turned_k, k, moves.kv, rotate, p.paged)
-    if p.paged and plan.config.copy_v:
+    if p.paged:
         move(plan, gathered_v, v, moves.kv, False, True)
         v = gathered_v
-    elif p.paged:
-        turned_k = turned_k.view(-1, p.page_size, *turned_k.shape[1:])
     return q, turned_k, v, rest
 
 

@@ -10,16 +10,6 @@ import triton.language as tl
 
 from flashtile.kernels.rope import cos_sin_of
 
-FAST_COS_SIN = tl.constexpr(
-    """{ .reg .f32 turns, r;
-        fma.rn.f32 turns, $2, 0f3e22f983, 0f4b400000;
-        sub.rn.f32 turns, turns, 0f4b400000;
-        fma.rn.f32 r, turns, 0fc0c90fdb, $2;
-        fma.rn.f32 r, turns, 0f343bbd2e, r;
-        cos.approx.f32 $0, r;
-        sin.approx.f32 $1, r; }"""
-)
-
 
 @triton.jit
 def fast_cos_sin(angle):
@@ -29,7 +19,13 @@ def fast_cos_sin(angle):
     where the special function unit alone would lose what the angle's size costs. 6 instructions and 2 of that unit.
     """
     return tl.inline_asm_elementwise(
-        FAST_COS_SIN,
+        """{ .reg .f32 turns, r;
+        fma.rn.f32 turns, $2, 0f3e22f983, 0f4b400000;
+        sub.rn.f32 turns, turns, 0f4b400000;
+        fma.rn.f32 r, turns, 0fc0c90fdb, $2;
+        fma.rn.f32 r, turns, 0f343bbd2e, r;
+        cos.approx.f32 $0, r;
+        sin.approx.f32 $1, r; }""",
         "=&r,=r,r", [angle], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
     )  # fmt: skip
 

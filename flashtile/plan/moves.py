@@ -1,5 +1,5 @@
-"""Copying first: K, and as Config says V and q, are brought into the workspace before attention, one request after the
-other. Which rows go where, and how the workspace is shared out."""
+"""Copying first: K, V if it is paged, and q if it is rotated, are brought into the workspace before attention, one
+request after the other. Which rows go where, and how the workspace is shared out."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashtile.plan.problem import Problem
+from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import Ints
 
 # Columns of a block of rows, int32 each: `count` tokens, from token `first` of a request whose rows start at `base`
@@ -20,12 +20,10 @@ MOVE_TOKENS = 32  # of a block, at most
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """The blocks of q and those of K and V, each [n, MOVE_STRIDE] int32 on the device; and how many rows q, K and V
-    have in the workspace, 0 if they are read where they are."""
+    """The blocks of q and those of K and V, each [n, MOVE_STRIDE] int32 on the device."""
 
     q: Tensor
     kv: Tensor
-    rows: tuple[int, int, int]
 
 
 def make_moves(to: Ints, base: Ints, length: Ints, position: Ints) -> NDArray[np.int32]:
@@ -38,28 +36,27 @@ def make_moves(to: Ints, base: Ints, length: Ints, position: Ints) -> NDArray[np
     return np.stack([to[r] + first, base[r], first, count, position[r] + first], axis=1).astype(np.int32)
 
 
-def moved_shapes(p: Problem, moves: Moves) -> tuple[tuple[int, int, int], ...]:
-    """[rows, heads, dim] of q, K and V in the workspace."""
-    q, k, v = moves.rows
+def moved_shapes(p: Problem, work: Workload) -> tuple[tuple[int, int, int], ...]:
+    """[rows, heads, dim] of q, K and V in the workspace; q and V have no rows there if they are read where they are."""
     return (
-        (q, p.num_qo_heads, p.head_dim_qk),
-        (k, p.num_kv_heads, p.head_dim_qk),
-        (v, p.num_kv_heads, p.head_dim_vo),
+        (work.nnz_qo if p.rope else 0, p.num_qo_heads, p.head_dim_qk),
+        (work.total_kv_len, p.num_kv_heads, p.head_dim_qk),
+        (work.total_kv_len if p.paged else 0, p.num_kv_heads, p.head_dim_vo),
     )
 
 
-def moved_bytes(p: Problem, moves: Moves) -> list[int]:
+def moved_bytes(p: Problem, work: Workload) -> list[int]:
     """Bytes of q, K and V in the workspace, each a multiple of 128. They grow with the batch: the one part of the
     workspace that the number of CTAs does not bound."""
-    return [-(-math.prod(shape) * p.q_dtype.itemsize // 128) * 128 for shape in moved_shapes(p, moves)]
+    return [-(-math.prod(shape) * p.q_dtype.itemsize // 128) * 128 for shape in moved_shapes(p, work)]
 
 
-def moved(p: Problem, moves: Moves, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moved(p: Problem, work: Workload, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, K and V in the workspace (uint8), and the rest of it."""
-    sizes = moved_bytes(p, moves)
+    sizes = moved_bytes(p, work)
     *parts, rest = workspace.split([*sizes, workspace.numel() - sum(sizes)])
     q, k, v = (
         part.view(p.q_dtype)[: math.prod(shape)].view(shape)
-        for part, shape in zip(parts, moved_shapes(p, moves), strict=True)
+        for part, shape in zip(parts, moved_shapes(p, work), strict=True)
     )
     return q, k, v, rest

@@ -67,9 +67,7 @@ class Plan:
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
     kv_rows_request: int = 0  # a request that reads the last of them
     moves: Moves | None = None  # with config.copy_first: what brings q and K to where `inner` reads them
-    key_indices: Tensor | None = None  # page ids of K, where they are not those of V
     inner: "Plan | None" = None  # of the same batch over the result; this plan has no items of its own then
-    copied: bool = False  # this is such an inner plan: K and V are written by the kernel before, a rope is only q's
 
     @property
     def num_items(self) -> int:
@@ -88,8 +86,8 @@ class Plan:
 
     def workspace_size(self) -> int:
         """Bytes of workspace that run() needs: the partial states of split tiles, fp32; and of rotated q and K."""
-        if self.inner is not None and self.moves is not None:
-            return sum(moved_bytes(self.problem, self.moves)) + self.inner.workspace_size()
+        if self.inner is not None:
+            return sum(moved_bytes(self.problem, self.work)) + self.inner.workspace_size()
         return self.num_slots * self.num_head_groups * self.config.block_m * (self.problem.head_dim_vo + 1) * 4
 
     def partials(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,33 +152,20 @@ def _make_copied_plan(
     kv_rows: int,
     kv_rows_request: int,
 ) -> Plan:
-    """The plan of a batch whose K, and as the configuration says V and q, are copied first.
-
-    Where V stays in its pages, K's copy has pages too, of the same size and one after the other.
-    """
+    """The plan of a batch whose K and V, and q if it is rotated, are copied first."""
     qo_begin, qo_len = lengths.qo_indptr[:-1], np.diff(lengths.qo_indptr)
-    paged = problem.paged and not config.copy_v
-    pages = -(-lengths.kv_len // problem.page_size) if paged else lengths.kv_len
-    first_page = np.cumsum(pages) - pages  # or first token
-    kv_begin = first_page * problem.page_size if paged else first_page
-    k_rows = int(pages.sum()) * (problem.page_size if paged else 1)
-    rotated = qo_len if problem.rope and not config.turn_q else np.zeros_like(qo_len)
+    kv_begin = np.cumsum(lengths.kv_len) - lengths.kv_len
+    rotated = qo_len if problem.rope else np.zeros_like(qo_len)
     q_moves = make_moves(qo_begin, qo_begin, rotated, lengths.kv_len - qo_len)
     kv_moves = make_moves(kv_begin, lengths.kv_base, lengths.kv_len, np.zeros_like(kv_begin))
-    entries = np.zeros(int((lengths.kv_base + pages).max(initial=0)) if paged else 0, dtype=np.int32)
-    if paged:  # entry i of a request, wherever its entries are, is page first_page + i
-        page_ids = np.arange(int(pages.sum()), dtype=np.int32)
-        entries[page_ids + np.repeat(lengths.kv_base - first_page, pages)] = page_ids
-    host = [position_table(problem).view(np.int32), q_moves, kv_moves, entries]
-    table, q_part, kv_part, key_indices = upload(host, device)
+    table, q_part, kv_part = upload([position_table(problem).view(np.int32), q_moves, kv_moves], device)
     inner = make_plan(
-        replace(problem, rope=problem.rope if config.turn_q else None, page_size=problem.page_size if paged else 0),
+        replace(problem, rope=None, page_size=0),
         replace(config, copy_first=False),
-        lengths if paged else Lengths(lengths.qo_indptr, kv_begin, lengths.kv_len),
+        Lengths(lengths.qo_indptr, kv_begin, lengths.kv_len),
         kv_indices,
         device,
     )
-    rows = int(rotated.sum()), k_rows, k_rows if problem.paged and not paged else 0
     return Plan(
         problem=problem,
         config=config,
@@ -197,8 +182,8 @@ def _make_copied_plan(
         lengths=lengths,
         kv_rows=kv_rows,
         kv_rows_request=kv_rows_request,
-        moves=Moves(q_part.view(-1, MOVE_STRIDE), kv_part.view(-1, MOVE_STRIDE), rows),
-        inner=replace(inner, copied=True, key_indices=key_indices if paged else None),
+        moves=Moves(q_part.view(-1, MOVE_STRIDE), kv_part.view(-1, MOVE_STRIDE)),
+        inner=inner,
     )
 
 

@@ -20,7 +20,6 @@ from flashtile.kernels.attention import launch_merge
 from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier
 from flashtile.kernels.hopper.loader import qk_loader, v_loader
 from flashtile.kernels.hopper.mainloop import consumer
-from flashtile.kernels.hopper.rotator import q_rotator
 from flashtile.kernels.hopper.spec import (
     RING,
     ROWS,
@@ -31,8 +30,6 @@ from flashtile.kernels.hopper.spec import (
     panel,
     piece,
     registers,
-    role_registers,
-    role_warps,
     rows_layout,
 )
 from flashtile.kernels.hopper.tiles import inverse
@@ -76,7 +73,7 @@ RUNTIME = (
 @gluon.jit(do_not_specialize=RUNTIME)
 def attention_kernel(
     q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-    items_ptr, key_indices_ptr, kv_indices_ptr, turns_ptr, table_ptr,
+    items_ptr, kv_indices_ptr, turns_ptr,
     q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32,
     v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
@@ -103,13 +100,8 @@ def attention_kernel(
     tile_full = barriers(RING, 1)
     tail_full = barriers(1, 1)
 
-    q_ready = q_full
-    if C.rope:
-        q_ready = barriers(C.q_slots, C.consumers)
-
     smem = (q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch)
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
-    ready = (q_ready, q_empty, k_full, v_full, tile_full, tail_full)
     pack = (heads_packed, inverse_packed)
     q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack)
     k = (k_desc, k_ptr, k_page, k_token, k_head)
@@ -118,55 +110,30 @@ def attention_kernel(
         o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
         num_heads, num_groups, pack,
     )  # fmt: skip
-    k_table = (key_indices_ptr, page_size, boxes)
-    v_table = (kv_indices_ptr, page_size, boxes)
+    table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
     window = (window_left, window_reach, pack)
     work = (items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups)
-    if C.consumers == 1 and not C.rope:
+    if C.consumers == 1:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, k_table, C)),
-                (v_loader, (smem, bars, v, work, v_table, C)),
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
             ],
-            role_warps(C),
-            role_registers(C),
-        )
-    elif C.consumers == 1:
-        gl.warp_specialize(
-            [
-                (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, k_table, C)),
-                (v_loader, (smem, bars, v, work, v_table, C)),
-                (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
-            ],
-            role_warps(C),
-            role_registers(C),
-        )
-    elif not C.rope:
-        gl.warp_specialize(
-            [
-                (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (consumer, (1, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, k_table, C)),
-                (v_loader, (smem, bars, v, work, v_table, C)),
-            ],
-            role_warps(C),
-            role_registers(C),
+            [loader_warps(C), loader_warps(C)],
+            [registers(C)[2], registers(C)[2]],
         )
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, ready, outputs, scales, window, C)),
-                (consumer, (1, smem, ready, outputs, scales, window, C)),
-                (qk_loader, (smem, bars, q, k, work, k_table, C)),
-                (v_loader, (smem, bars, v, work, v_table, C)),
-                (q_rotator, (0, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
-                (q_rotator, (1, smem, q_full, q_ready, tile_full, table_ptr, pack, C)),
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
             ],
-            role_warps(C),
-            role_registers(C),
+            [4, loader_warps(C), loader_warps(C)],
+            [registers(C)[1], registers(C)[2], registers(C)[2]],
         )
 
 
@@ -272,8 +239,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, gather_warps=c.gather_warps,
         box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
-        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=p.rope is not None,
-        follows=plan.copied and c.overlap,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
     )  # fmt: skip
 
 
@@ -312,13 +278,6 @@ def setup_of(plan: Plan) -> Setup:
 def portable_plan(plan: Plan) -> Plan:
     """The batch of a plan for the portable family; it needs no workspace."""
     return setup_of(plan).portable_plan()
-
-
-def turns(plan: Plan, q: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> bool:
-    """Whether the kernel itself can serve such a call of a plan with `turn_q`, for which nothing else turns q alone."""
-    p, c = plan.problem, plan.config
-    by_tma = p.paged and c.copy_v or (box_rows(p.page_size, c.block_n) > 0 and as_matrix(v) is not None)
-    return sm_scale > 0 and copyable(q) and copyable(out) and by_tma
 
 
 def run(
@@ -365,13 +324,12 @@ def run(
     partial, partial_lse = plan.partials(workspace)
     attention_kernel[setup.grid](
         q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
-        plan.items, plan.kv_indices if plan.key_indices is None else plan.key_indices, plan.kv_indices, plan.turns,
-        plan.table,
+        plan.items, plan.kv_indices, plan.turns,
         *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
         p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
         inverse(c.pack), p.page_size, c.block_n // spec.box if spec.box else 0,
         p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
-        num_warps=4, maxnreg=registers(spec)[0], launch_pdl=spec.follows,
+        num_warps=4, maxnreg=registers(spec)[0],
     )  # fmt: skip
     if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
@@ -391,8 +349,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 
     found = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
-    found |= dict.fromkeys(("items_ptr", "key_indices_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
-    found["table_ptr"] = "*fp32"
+    found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
     found |= dict.fromkeys(("scale", "cap_scale"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
     found["k_desc"] = desc(spec.box, spec.d_qk) if not spec.gather else "constexpr"
@@ -427,11 +384,6 @@ def compile_cases() -> Iterator[CompileCase]:
         "dim192x128": replace(causal, d_qk=192),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
     }
-    for name in ("causal", "window.cap.sinks", "packed.split", "dim64", "dim96", "dim192x128", "dim256"):
-        specs[f"rope.{name}"] = replace(specs[name], rope=True, follows=True)
-    specs["rope.strided.split"] = replace(specs["rope.causal"], q_tma=False, o_tma=False, split=True, aligned=False)
-    specs["rope.paged"] = replace(specs["rope.causal"], paged=True, box=16, aligned=False)
-    specs["follows"] = replace(causal, follows=True)
     for name, spec in specs.items():
         spec = fit(spec)
         for dtype in ("bf16", "fp16") if name == "causal" else ("bf16",):

@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_wait
 
 # The old names still exist in 3.9, but raise: look for the new ones first.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -28,7 +27,6 @@ __all__ = [
     "cp_async",
     "cp_async_arrive",
     "fence_async_shared",
-    "gdc_wait",
     "gl",
     "gluon",
     "mbarrier",

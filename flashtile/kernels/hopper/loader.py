@@ -11,7 +11,6 @@ from flashtile.kernels.hopper.compat import (
     cp_async,
     cp_async_arrive,
     fence_async_shared,
-    gdc_wait,
     gl,
     gluon,
     mbarrier,
@@ -326,8 +325,6 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
     head, base, kv_len, first, n = walk(item, C)
     pages = load_pages(table, base, n, kv_len, True, C)
     load_q(0, item, q, smem, bars, C)
-    if C.follows:
-        gdc_wait()
 
     count = gl.to_tensor(0)  # tiles begun, less one
     it = gl.to_tensor(0)  # blocks
@@ -372,8 +369,6 @@ def v_loader(smem, bars, v, work, table, C: gl.constexpr):
     item_next = tiles.fetch(work, t, C)
     following = tiles.turn(work, 2)
     pages = load_pages(table, base, n, kv_len, True, C)
-    if C.follows:
-        gdc_wait()
 
     count = gl.to_tensor(0)
     it = gl.to_tensor(0)

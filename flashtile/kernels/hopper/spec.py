@@ -4,12 +4,10 @@ barriers.
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
   qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 or 4 warps that gather 16 bytes per thread
-  q_rotator w            1 warp for the rows of consumer w, with a rope: the loaders leave it idle in their warp group
 Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
 
 Barriers (mbarriers unless said otherwise):
-  q_full[slot]             qk_loader (bytes landed)          -> consumers, or q_rotators
-  q_turned[slot]           one arrival per q_rotator          -> consumers
+  q_full[slot]             qk_loader (bytes landed)          -> consumers
   q_empty[slot]            one arrival per consumer           -> qk_loader, after the last S of the tile
   k_full, v_full[stage]    loaders (bytes landed)            -> consumers
   tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears it
@@ -43,8 +41,6 @@ class Spec:
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
-    rope: rows of Q are turned in shared memory; keys have been turned before. follows: K and V are written by the
-        kernel before, which may still run.
     """
 
     d_qk: int
@@ -66,8 +62,6 @@ class Spec:
     soft_cap: bool = False
     sinks: bool = False
     split: bool = False
-    rope: bool = False
-    follows: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
@@ -104,36 +98,7 @@ def registers(spec):
         return 168, 232, 104
     if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
         return 168, 224, 56
-    if spec.rope and spec.d_vo < 256:  # so do the rotators, to turn several pairs at a time
-        return 168, 224, 56
     return 168, 232, 40  # 240 and 24 spill in the loaders of causal tiles that are not aligned
-
-
-@gluon.constexpr_function
-def role_warps(spec):
-    """Warps of the roles beside consumer 0, in the order of the kernel."""
-    loader = loader_warps(spec)
-    return [4] * (spec.consumers - 1) + [loader, loader] + [1] * (spec.consumers if spec.rope else 0)
-
-
-@gluon.constexpr_function
-def role_registers(spec):
-    """Registers per thread of these roles."""
-    launch, consumer, loader = registers(spec)
-    return [consumer] * (spec.consumers - 1) + [loader] * (2 + (spec.consumers if spec.rope else 0))
-
-
-@gluon.constexpr_function
-def turned_columns(dim):
-    """Columns of a row of Q that are turned together with as many half a head dim further: a panel or half of one, so
-    that each half is within one panel; half of one also where registers are few."""
-    return panel(dim) // 2 if dim // 2 % panel(dim) or dim == 256 else panel(dim)
-
-
-@gluon.constexpr_function
-def turned_rows(dim):
-    """Rows that are turned at once: 32 bytes for each half and thread, or 16."""
-    return (256 if dim == 256 else 512) // turned_columns(dim)
 
 
 @gluon.constexpr_function

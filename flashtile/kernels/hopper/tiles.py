@@ -93,9 +93,9 @@ def publish(ring, tile_full, count, item):
 
 
 @gluon.jit
-def read(ring, count, F: gl.constexpr, WARPS: gl.constexpr = 4):
-    """A field of tile number `count`, in a role of WARPS warps."""
-    ONE: gl.constexpr = lane_layout(WARPS)
+def read(ring, count, F: gl.constexpr):
+    """A field of tile number `count`, in a consumer."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.max(ring.index(count % RING).slice(F, 1).load(ONE), 0)
 
 
