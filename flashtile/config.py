@@ -27,8 +27,6 @@ class Config:
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
     section_tiles: see Tiling.
-    gather_warps: 2 or 4, of each of the Hopper family's two loaders where K and V are gathered by rows; 2 where 4 would
-        leave its consumers too few registers (head_dim_qk 192, or 128 with a soft cap).
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result.
     """
@@ -55,7 +53,6 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
-    gather_warps: int = 2
     copy_first: bool = False
 
     def __post_init__(self) -> None:
@@ -69,8 +66,6 @@ class Config:
                 "fused_merge: expected a portable configuration without overlap, which is of the merge's own kernel, "
                 f"got family={self.family!r}, overlap={self.overlap}"
             )
-        if self.gather_warps not in (2, 4):
-            raise ValueError(f"gather_warps: expected 2 or 4, got {self.gather_warps}")
         if self.family == "hopper" and self.block_m not in (64, 128):
             raise ValueError(
                 f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
@@ -183,6 +178,8 @@ def hopper(p: Problem, w: Workload) -> Config:
         (p.head_dim_qk, p.head_dim_vo), (128, 2)
     )
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
+    if pack > 1 and rows > 64 and (p.head_dim_qk, p.head_dim_vo) == (128, 128):
+        stages = 3  # bound by memory as much as by products: 64 rows over 64 x 4k tokens 455 us, 486 with 2
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0, overlap=True)
     # The list: all tiles of one KV head one after the other, so that they find it in L2. Where tiles differ in length,
@@ -200,17 +197,20 @@ def hopper(p: Problem, w: Workload) -> Config:
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
     row = _portable_row(p, w, sm, sms)
-    row = _with_rope(p, row, sm) if p.rope else _with_alibi(row, sm) if p.alibi else row
+    row = _with_rope(p, w, row, sm, sms) if p.rope else _with_alibi(row, sm) if p.alibi else row
     return replace(row, has_e4m3=sm >= (8, 9), has_wgmma=sm[0] == 9)
 
 
-def _with_rope(p: Problem, row: Config, sm: tuple[int, int]) -> Config:
+def _with_rope(p: Problem, w: Workload, row: Config, sm: tuple[int, int], sms: int) -> Config:
     """A row for keys that are rotated as they are read: halves, angles and products take registers, so tiles that are
-    full of them shrink. Compiled for sm_80 and sm_90 without spills; not timed yet."""
+    full of them shrink."""
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:
         return row
     if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:  # one CTA an SM: more warps to hide the rotation
+        if sm >= (9, 0) and w.total_kv_len * p.num_kv_heads >= 512 * sms:
+            # 16 x 4k tokens: 101 us, by 64 tokens 116, without a rope 96; 1 x 16k: 37, 39 and 33
+            return replace(row, block_n=128, num_warps=8, max_registers=255)
         return replace(row, block_n=64, num_warps=8, max_registers=168)
     if row.block_m == 16 and wide <= 128:
         # two KV blocks of half the rows in flight are the bytes of one whole. 128 registers keep four CTAs an SM, 168

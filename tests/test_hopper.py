@@ -128,17 +128,3 @@ def test_tensors_as_scales_are_left_to_the_portable_family() -> None:
         plan = make_plan(problem, c, lengths, torch.zeros(700, dtype=torch.int32), device)
         other = portable_plan(plan)
         assert (other.config.family, other.problem, other.workspace_size()) == ("portable", problem, 0)
-
-
-def test_loaders_of_4_warps_where_consumers_can_spare_the_registers() -> None:
-    plain = Spec(128, 128, 128, 2, 2, q_slots=2, gather=True, gather_warps=4)
-    for spec, warps in (
-        (plain, 4),
-        (replace(plain, left=True, sinks=True, split=True, packed=True), 4),
-        (replace(plain, d_qk=192, consumers=1, soft_cap=True), 4),
-        (replace(plain, d_qk=64, d_vo=64, soft_cap=True), 4),
-        (replace(plain, soft_cap=True), 2),
-        (replace(plain, d_qk=192), 2),
-        (replace(plain, gather=False), 2),
-    ):
-        assert fit(spec).gather_warps == warps, spec

@@ -161,5 +161,3 @@ def test_configurations_that_do_not_fit_are_refused() -> None:
         config.tiling(problem, 132)
     with pytest.raises(ValueError, match="shared evenly"):
         Config("portable", 16, 64, 4, num_warps=8, ways=4)
-    with pytest.raises(ValueError, match="gather_warps: expected 2 or 4, got 3"):
-        Config("hopper", 128, 128, 1, gather_warps=3)

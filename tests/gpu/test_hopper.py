@@ -183,18 +183,16 @@ GATHERED_CASES = [
 
 
 @pytest.mark.parametrize("forced", [{}, {"kv_chunk": 128}], ids=["whole", "split"])
-@pytest.mark.parametrize("warps", [2, 4])
 @pytest.mark.parametrize("case", GATHERED_CASES, ids=str)
-def test_gathering_warps(case: AttentionCase, warps: int, forced: dict[str, object]) -> None:
-    check(case, torch.bfloat16, gather_warps=warps, **forced)
+def test_gathered(case: AttentionCase, forced: dict[str, object]) -> None:
+    check(case, torch.bfloat16, **forced)
 
 
-@pytest.mark.parametrize("warps", [2, 4])
 @pytest.mark.parametrize("name", ["aligned", "ragged", "paged.page1", "paged.append", "paged.append.page1"])
-def test_same_bits_100_times(name: str, warps: int) -> None:
+def test_same_bits_100_times(name: str) -> None:
     case = next(c for c in LONG_CASES if c.name == name)
     x = make_inputs(case, torch.bfloat16, "cuda")
-    wrapper = make_wrapper(x, "cuda", config=replace(config_of(case, torch.bfloat16), gather_warps=warps))
+    wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
     first = run_case(x, wrapper)
     for _ in range(100):
         again = run_case(x, wrapper)

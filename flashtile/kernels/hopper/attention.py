@@ -237,8 +237,8 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
     p, c = plan.problem, plan.config
     return Spec(
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
-        q_slots=2, packed=c.pack > 1, paged=p.paged, gather_warps=c.gather_warps,
-        box=box_rows(p.page_size, c.block_n), left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
+        q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n),
+        left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
     )  # fmt: skip
 
@@ -252,11 +252,7 @@ def shared_bytes(spec: Spec) -> int:
 
 
 def fit(spec: Spec) -> Spec:
-    """Give up what does not fit: of loaders of 4 warps, two, where they leave a consumer too few registers; of shared
-    memory, the second slot for Q, then the buffer for O."""
-    crowded = spec.consumers == 2 and (spec.d_qk > 128 or (spec.d_qk == 128 and spec.soft_cap))
-    if crowded or not spec.gather:
-        spec = replace(spec, gather_warps=2)
+    """Give up what does not fit in shared memory: the second slot for Q, then the buffer for O."""
     for q_slots, o_tma in ((2, spec.o_tma), (1, spec.o_tma), (1, False)):
         spec = replace(spec, q_slots=q_slots, o_tma=o_tma)
         if shared_bytes(spec) <= SHARED_BYTES - SMALL_BYTES:
@@ -362,7 +358,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Every head dim; ragged KV, paged by TMA and gathered by 2 and 4 warps; packed rows, split tiles, the variants."""
+    """Every head dim; ragged KV, paged by TMA and gathered; packed rows, split tiles, the variants."""
     causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True)
     gathered = replace(causal, paged=True, gather=True, box=1, aligned=False)
     rows = replace(gathered, box=0, left=True, soft_cap=True, sinks=True, split=True)
@@ -371,13 +367,14 @@ def compile_cases() -> Iterator[CompileCase]:
         "full": replace(causal, right=False),
         "paged": replace(causal, paged=True, box=16, aligned=False),
         "page1": gathered,
-        "page1.warps4": replace(gathered, gather_warps=4, aligned=True),
         "page3.all": rows,
-        "page3.all.warps4": replace(rows, gather_warps=4, soft_cap=False),
-        "page3.packed.warps4": replace(rows, gather_warps=4, soft_cap=False, packed=True, q_tma=False, o_tma=False),
-        "page3.dim64.all.warps4": replace(rows, gather_warps=4, d_qk=64, d_vo=64, stages=4),
+        "page3.packed": replace(rows, soft_cap=False, packed=True, q_tma=False, o_tma=False),
         "page1.dim192x128": replace(gathered, d_qk=192),
         "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False),
+        "packed.stages3": replace(
+            causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False
+        ),
+        "page1.packed.stages3": replace(gathered, packed=True, stages=3, q_tma=False, o_tma=False, aligned=False),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),

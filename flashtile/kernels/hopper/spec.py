@@ -3,7 +3,7 @@ barriers.
 
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
-  qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 or 4 warps that gather 16 bytes per thread
+  qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 warps that gather 16 bytes per thread
 Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
 
 Barriers (mbarriers unless said otherwise):
@@ -36,7 +36,7 @@ class Spec:
     """A kernel variant. Every field is a compile-time constant; see the functions below for what follows from them.
 
     packed: a tile's rows are (token, head of a group), not tokens of one head. paged: KV rows are found by page ids.
-    gather: rows of K and V are copied one by one, by gather_warps in each loader, from pages of one token if box is 1;
+    gather: rows of K and V are copied one by one, from pages of one token if box is 1;
         else by TMA, in boxes of `box` rows.
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
@@ -52,7 +52,6 @@ class Spec:
     packed: bool = False
     paged: bool = False
     gather: bool = False
-    gather_warps: int = 2
     box: int = 128
     q_tma: bool = True
     o_tma: bool = True
@@ -68,7 +67,7 @@ class Spec:
 @gluon.constexpr_function
 def loader_warps(spec):
     """Warps of a loader."""
-    return spec.gather_warps if spec.gather else 1
+    return 2 if spec.gather else 1
 
 
 @gluon.constexpr_function
@@ -92,8 +91,6 @@ def half_first(spec):
 @gluon.constexpr_function
 def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
-    if loader_warps(spec) == 4:  # a loader is a warp group of its own
-        return (168, 232, 136) if spec.consumers == 1 else (128, 216, 40)
     if spec.consumers == 1:
         return 168, 232, 104
     if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
