@@ -170,7 +170,9 @@ def _state(
     values = _gather(v, batch.kv_rows, scales.v, scales.v_zero).permute(0, 2, 1, 3)  # [b, H_kv, L, D]
     if batch.kv_valid is not None:  # padding repeats rows that may not be the item's own: 0 * NaN must not arise
         values = values.masked_fill(~batch.kv_valid[:, None, :, None], 0.0)
-    logits = torch.matmul(rows, keys).view(b, p.num_kv_heads, p.group_size, t, -1).mul_(scale)
+    if p.q_dtype == torch.float32 and p.quantised:  # as on a GPU: what fp32 sums err by depends on who adds them up
+        rows, keys = rows.double(), keys.double()
+    logits = torch.matmul(rows, keys).mul_(scale).float().view(b, p.num_kv_heads, p.group_size, t, -1)
     if p.alibi:
         logits = _bias(plan, batch, logits)
     if p.logits_soft_cap > 0:
