@@ -283,12 +283,14 @@ def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     row = replace(row, overlap=True)
     formats = {p.k_format, p.v_format}
     # A row of one head is 128 bytes, or 64: CTAs of several heads read more at a place, and numbers that are multiplied
-    # as they are leave time for it. 64 x 4k / 64 x 16k tokens: int4 by 4 heads 128 / 444, by 2 165 / 605, one after the
-    # other 132 / 560; int8 by 2 heads 200 / 748, one after the other 220 / 845
-    heads = 4 if formats == {"int4"} else 2
-    if formats & {"int8", "int4"} and p.rope is None and p.num_kv_heads % heads == 0:
+    # as they are leave time for it. 64 x 4k / 64 x 16k tokens: int4 by 4 heads 128 / 444, by 2 165 / 605, alone 132 /
+    # 560, but at 64 x 1k 46 and 39; int8 by 2 heads 200 / 748, alone 220 / 845, but of 32 KV heads 915 and 850
+    int4 = formats == {"int4"}
+    heads = 4 if int4 else 2
+    long, at_once = w.total_kv_len >= 8192 * sms // p.num_kv_heads, w.batch_size * p.num_kv_heads <= 2 * heads * sms
+    if formats & {"int8", "int4"} and p.rope is None and p.num_kv_heads % heads == 0 and (long if int4 else at_once):
         return replace(row, block_n=64, ctas_per_sm=2, ways=4, heads=heads, raw=True)
-    if formats == {"int4"}:  # 64 x 4k tokens: 132; 64 tokens a step 182
+    if int4:  # 64 x 4k tokens: 132; 64 tokens a step 182
         return replace(row, num_stages=3, ctas_per_sm=4)
     # fp8 191, 128 tokens a step 222
     fp8 = not formats & {"int8", "int4"}
