@@ -807,7 +807,7 @@ def compile_cases() -> list[CompileCase]:
                   ("int8", torch.int8, "token"), ("int4", torch.uint8, "token"),
                   ("int4", torch.uint8, "zero"), ("int4", torch.uint8, "group"),
               )],
-            *[_case(f"decode.{cache}.{form}.page{page}.b64", sm, half, 1, _scales(form), 64, page_size=page,
+            *[_case(f"decode.{cache}.{form}.page{page}.b64", sm, half, 1, _scales(form), 64, 4096, page_size=page,
                     kv_dtype=cache_dtype)
               for cache, cache_dtype in (("int8", torch.int8), ("int4", torch.uint8))
               for form, page in (("token", 16), ("token", 1), ("zero", 16), ("head", 16), ("group", 16))],

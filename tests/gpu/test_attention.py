@@ -25,12 +25,12 @@ from flashtile.testing.cases_attention import (
 from flashtile.testing.tolerance import assert_close
 
 
-def run(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
+def run(case: AttentionCase, dtype: torch.dtype, kv_chunk: int, **forced: object) -> None:
     x = make_inputs(case, dtype, "cuda")
     lens = case.query_lens
     problem = problem_of(case, dtype)
     work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
-    config = replace(portable(problem, work, capability(x.q.device)), kv_chunk=kv_chunk)
+    config = replace(portable(problem, work, capability(x.q.device)), kv_chunk=kv_chunk, **forced)
     out, lse = run_case(x, make_wrapper(x, "cuda", config=config))
     oracle, oracle_lse = expected(x, torch.float64)
     peer, peer_lse = expected(x, dtype)
@@ -43,6 +43,22 @@ def run(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_portable(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> None:
     run(case, dtype, kv_chunk)
+
+
+NARROW = [
+    replace(c, heads=(8, 4))
+    for c in CASES
+    if c.name.startswith("decode.int") and c.heads[1] in (1, 2) and c.head_dim in (64, 128) and c.v_cache != "plain"
+    and c.window_left < 0 and not c.logits_soft_cap and c.rope is None
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_chunk", [0, 64], ids=["auto", "split64"])
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_several_heads(case: AttentionCase, kv_chunk: int) -> None:
+    heads = 4 if case.k_cache == case.v_cache == "int4" else 2
+    forced = {"ways": 4, "heads": heads, "num_warps": 4, "num_stages": 5, "raw": True, "max_registers": None}
+    run(case, torch.bfloat16, kv_chunk, block_n=64, **forced)
 
 
 def test_rotation_up_to_position_1e6() -> None:
