@@ -103,7 +103,9 @@ def draw(
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs; min_p (0: off) for each output, or one for all."""
     if share_rows(probs, indices, min_p):
-        sums = [masses_of(probs[part], None, None, min_p_value, chunks, pdl) for part in _mass_slices(len(probs), chunks)]
+        sums = [
+            masses_of(probs[part], None, None, min_p_value, chunks, pdl) for part in _mass_slices(len(probs), chunks)
+        ]
         masses, thresholds = (torch.cat(x) for x in zip(*sums, strict=True))
         use = thresholds if min_p_value > 0 else None
         draw_from_masses(ids, valid, probs, indices, masses, use, random, chunks, True, pdl)

@@ -7,8 +7,8 @@ which order the numbers of a row are used; it holds for both paths:
 
 - A row that one program holds in registers is drawn from until a token is accepted: one launch.
 - For longer rows the first WHOLE_ROW_DRAWS candidates are drawn and judged together: the masses of chunks, candidates,
-  the masses above these, and one program for each row that takes the first accepted. Should there be none (once in 10,000
-  rows for top_p = 0.9), it goes on alone, and reads the row again for each further candidate."""
+  the masses above these, and one program for each row that takes the first accepted. Should there be none (once in
+  10,000 rows for top_p = 0.9), it goes on alone, and reads the row again for each further candidate."""
 
 from collections.abc import Iterator
 from functools import partial
