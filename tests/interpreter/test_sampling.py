@@ -79,6 +79,13 @@ def test_large_batches_run_in_slices(filters: dict[str, Any], monkeypatch: pytes
     assert torch.equal(case.sampler()(case.probs("cpu"), seed=3), whole)
 
 
+def test_large_batches_run_in_slices_of_rows_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile.kernels.sampling import rows
+
+    monkeypatch.setattr(rows, "WORKSPACE_BYTES", 1000)
+    cases.check_config(SamplingCase("steep", 5003, {"top_p": 0.3}, batch_size=9), cases.BRACKETED, "cpu")
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -42,7 +42,6 @@ from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
 
 _DRAWS = tl.constexpr(WHOLE_ROW_DRAWS)
-_JUDGE_TILE = 4096  # entries that the last program reads together, should it have to
 
 
 @triton.jit(do_not_specialize=["seed", "offset", "first_output"])
@@ -210,7 +209,7 @@ def sample_top_p(
     chunks: Chunks, pdl: bool | None,
 ) -> None:  # fmt: skip
     """A token for each output, from the nucleus of its row of probs; filters: top_p alone."""
-    for part in slices(len(ids), chunks.padded * (WHOLE_ROW_DRAWS + 1) * 4 if not chunks.whole else 4):
+    for part in slices(len(ids), chunks.padded * (WHOLE_ROW_DRAWS + 2) * 4 if not chunks.whole else 4):
         x, rows = rows_of(probs, indices, part)
         _accept(ids[part], valid[part], x, rows, filters.part(part), random.part(part), chunks, pdl)
 
@@ -241,7 +240,7 @@ def _accept(
     accept_kernel[(count,)](
         ids, valid, *work, *source, filters.top_p, filters.top_p_value, *random.arguments,
         USE_P=filters.keywords(x.shape[1])["USE_P"], WHOLE=chunks.whole,
-        WIDTH=min(max(_JUDGE_TILE // chunks.padded, 4), chunks.size),
+        WIDTH=min(max(config.accept_tile // chunks.padded, 4), chunks.size),
         **random.keywords, **where, **after(overlap, not chunks.whole), **options,
     )  # fmt: skip
 
