@@ -462,6 +462,11 @@ def _gemm_hopper(p: Product, enough: int) -> GemmConfig:
     return GemmConfig("hopper", 64, 64, p.step, num_stages=10, group_m=16)
 
 
+# Candidates of top-p by rejection that are drawn from the whole row, whatever becomes of those before them. Tokens
+# depend on it, so it is part of the definition (reference/sampling.py), and of no configuration.
+WHOLE_ROW_DRAWS = 4
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How rows of one vocabulary are sampled. Nothing but the vocabulary may decide: tiles and warps give sums their

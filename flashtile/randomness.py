@@ -12,7 +12,6 @@ from torch import Generator, Tensor
 
 from flashtile import checks
 
-WHOLE_ROW_DRAWS = 4  # candidates of top-p that are drawn from all of a row, whatever becomes of those before them
 _PHILOX_STEP = 4  # torch asks that a CUDA generator's offset moves by multiples of 4
 
 

@@ -7,7 +7,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from flashtile.randomness import WHOLE_ROW_DRAWS
+from flashtile.config import WHOLE_ROW_DRAWS
 
 _WORD = 0xFFFFFFFF
 _BLOCK_ELEMENTS = 2**22  # probabilities handled at once: bounds the memory of fp64 copies

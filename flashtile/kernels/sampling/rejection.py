@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtile.config import choose_sampling
+from flashtile.config import WHOLE_ROW_DRAWS, choose_sampling
 from flashtile.kernels.sampling.draw import mass_kernel, masses_of
 from flashtile.kernels.sampling.guess import filters_of_row
 from flashtile.kernels.sampling.rows import (
@@ -37,7 +37,6 @@ from flashtile.kernels.sampling.rows import (
     uniform,
 )
 from flashtile.kernels.sampling.threshold import Filters, mass_of_chunks_above, share_of, tile_of_row
-from flashtile.randomness import WHOLE_ROW_DRAWS
 from flashtile.testing.compile import CompileCase
 from flashtile.testing.launches import recordings
 
