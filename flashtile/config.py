@@ -407,6 +407,11 @@ def _gemm_hopper(p: Product, enough: int) -> GemmConfig:
     return GemmConfig("hopper", 64, 64, p.step, num_stages=10, group_m=16)
 
 
+# Candidates of top-p by rejection that are drawn from the whole row, whatever becomes of those before them. Tokens
+# depend on it, so it is part of the definition (reference/sampling.py), and of no configuration.
+WHOLE_ROW_DRAWS = 4
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How rows of one vocabulary are sampled. Nothing but the vocabulary may decide: tiles and warps give sums their
@@ -419,6 +424,8 @@ class SamplingConfig:
         sigmas: half the width of a bracket, in standard errors.
     slots: entries of a chunk that a bracket has room for. slot_tile: those of a row that step 3 holds in registers,
         with select_warps of select_registers a thread; any others it reads again in each pass.
+    accept_tile: entries of a row that top-p by rejection (kernels/sampling/rejection.py) reads together, with
+        draw_warps, where none of the first candidates is accepted.
     row: entries, padded to a power of two of chunks, of the longest row that one program holds in registers, with up to
         row_warps of row_registers a thread: one launch, no guess and no sweep.
     """
@@ -435,12 +442,13 @@ class SamplingConfig:
     slot_tile: int = 8192  # 16 per thread: 32 are spilled on sm_80
     select_warps: int = 16
     select_registers: int = 128  # left to itself, ptxas aims at fewer, and spills
+    accept_tile: int = 4096  # 8192 would take all registers
     row: int = 32768  # half of an SM's registers
     row_warps: int = 8  # with 16, what each warp does once a pass costs as much as the entries
     row_registers: int = 255  # 128 of them hold the row
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "sample", "slot_tile"):
+        for name in ("chunk", "sample", "slot_tile", "accept_tile"):
             if (value := getattr(self, name)) < 128 or value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two from 128, got {value}")
         if self.guess_pivots < 1 or self.guess_pivots & (self.guess_pivots - 1):

@@ -1,8 +1,11 @@
 """Sampling: one token from each row of probabilities or logits, filtered by top-k, top-p and min-p.
 
-Defined by reference/sampling.py. Draws are exact: thresholds are searched over all the vocabulary, and a token is found
-by inverting the cumulative distribution at one uniform number, so equal seeds give equal tokens on every backend (up to
-the rounding of sums at a boundary), and a filtered draw is the draw from the filter's renormalised probabilities.
+Defined by reference/sampling.py. Draws are exact, and equal seeds give equal tokens on every backend (up to the
+rounding of sums at a boundary). Thresholds are searched over all the vocabulary, and a token is found by inverting the
+cumulative distribution at one uniform number: with equal seeds, a filtered draw is the draw from the filter's
+renormalised probabilities. Top-p alone (`top_p_sampling_from_probs`; from logits, also under top-k first) has the same
+distribution but needs no threshold: candidates are drawn from the row until one lies in the nucleus. With equal seeds,
+its token may differ from the one drawn from the renormalised probabilities.
 
 Where numbers come from: see flashtile/randomness.py. `deterministic=False` permits results that differ between runs; no
 kernel here makes use of it."""
@@ -127,6 +130,9 @@ def top_p_sampling_from_probs(
         top_p: in 0..1; a number or [batch_size]. The token that crosses top_p is kept, with those of equal
             probability; 0 keeps the most probable one, 1 keeps all.
         The others: as for `sampling_from_probs`.
+
+    Drawn by rejection (arXiv:2501.01005): the distribution is that of `top_p_renorm_probs`, but not the token that
+    `sampling_from_probs` draws from it with the same seed, as it is under the other filters.
     """
     return _sample(probs, indices, generator, check_nan, seed, offset, return_valid, top_p=top_p)
 

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from flashtile import sampling, topk
+from flashtile import config, sampling, topk
 from flashtile.config import SamplingConfig
 from flashtile.kernels.cpu import sampling as cpu
 from flashtile.randomness import random_state
@@ -23,7 +23,7 @@ def test_sampler(case: SamplingCase) -> None:
     cases.check_sampler(case, "cpu")
 
 
-@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in cases.SMALL_CASES if not case.top_p_alone], ids=str)
 def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: SamplingCase) -> None:
     cases.check_filtered_is_renormalised(case, "cpu")
 
@@ -123,6 +123,18 @@ def test_equal_distributions_accept_all() -> None:
     assert (accepted == 4).all()
     assert (emitted == 4).all()
     assert (ids >= 0).all()
+
+
+@pytest.mark.parametrize("case", cases.REFUSING_CASES, ids=str)
+def test_all_first_candidates_refused(case: SamplingCase) -> None:
+    assert config.WHOLE_ROW_DRAWS == reference.WHOLE_ROW_DRAWS
+    assert cases.first_candidates_refused(case) > 0
+    cases.check_sampler(case, "cpu")
+    cases.check_row_alone(case, "cpu")
+
+
+def test_top_p_at_the_boundary() -> None:
+    cases.check_top_p_boundary(10_000, "cpu")
 
 
 # Randomness

@@ -1,14 +1,16 @@
 """Sampling by definition: random numbers, filters, draws. Loops over rows and tokens, Python integers and fp64.
 
-One law holds for every sampler: its filter gives a distribution, one uniform number u in [0, 1) is drawn for the row,
-and the token is the first one, in order of ids, at which the cumulative distribution exceeds u. A filtered sampler
-therefore draws the token that `sampling_from_probs` draws from the filter's renormalised probabilities."""
+One law holds for every sampler but that of top-p alone: its filter gives a distribution, one uniform number u in [0, 1)
+is drawn for the row, and the token is the first one, in order of ids, at which the cumulative distribution exceeds u. A
+filtered sampler therefore draws the token that `sampling_from_probs` draws from the filter's renormalised
+probabilities. Top-p alone draws from the same distribution by rejection, with more numbers: `top_p_token`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+WHOLE_ROW_DRAWS = 4  # of `top_p_token`
 _WORD = 0xFFFFFFFF
 
 
@@ -27,7 +29,7 @@ def uniform(seed: int, offset: int, stream: int, draw: int = 0) -> float:
     """The number in [0, 1), a multiple of 2**-53, of a seed and offset (64 bits), a stream and a draw (32 bits).
 
     The stream is the output row under a seed shared by the batch, and 0 under a seed of the row's own. The draw counts
-    the numbers that one row needs: always 0, but for speculative sampling.
+    the numbers that one row needs: always 0, but for speculative sampling and top-p alone.
     """
     words = philox((offset & _WORD, offset >> 32 & _WORD, stream, draw), (seed & _WORD, seed >> 32 & _WORD))
     return ((words[0] << 21) + (words[1] >> 11)) * 2.0**-53
@@ -103,6 +105,25 @@ def pick(probs: Tensor, u: float) -> int:
     cumulative = probs.double().cumsum(0)
     above = (cumulative > u * total).nonzero()
     return int(above[0] if len(above) else probs.nonzero()[-1])  # rounding: the last id that can be drawn
+
+
+def top_p_token(probs: Tensor, top_p: float, uniform: Callable[[int], float]) -> int:
+    """The token of the row probs [vocab] under top-p alone, by rejection; uniform: the number of a draw.
+
+    Candidates are drawn until one is kept by top_p. The first `WHOLE_ROW_DRAWS` are drawn from the whole row, whatever
+    becomes of those before them, so that all can be judged at once; later ones from the entries greater than all those
+    refused. Each of these holds the nucleus whole, so that what is kept is distributed as the renormalised nucleus. The
+    largest entry is always kept, so there is an end.
+    """
+    if not 0 < float(probs.double().sum()) < float("inf"):
+        return 0
+    keep, refused, draw = top_p_keep(probs, top_p), 0.0, 0
+    while True:
+        token = pick(probs if draw < WHOLE_ROW_DRAWS else probs * (probs > refused), uniform(draw))
+        if keep[token]:
+            return token
+        refused = max(refused, float(probs[token]))
+        draw += 1
 
 
 def top_k(x: Tensor, k: int, prefer_large_ids: bool = False) -> list[int]:

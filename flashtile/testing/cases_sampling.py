@@ -77,6 +77,11 @@ class SamplingCase:
         }
         return partial(functions[names], **given, **order)
 
+    @property
+    def top_p_alone(self) -> bool:
+        """Whether tokens are drawn by rejection: `reference.top_p_token`."""
+        return self.filters.keys() == {"top_p"}
+
     def distribution(self, row: Tensor, slack: float = 0.0) -> Tensor:
         """What the row is drawn from, by definition, fp64; slack: how much more mass top-p keeps."""
         given = {k: v for k, v in self.filters.items() if k != "order"}
@@ -89,6 +94,8 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p": 0.9},
     {"top_p": 0.3},
+    {"top_p": 0.05},
+    {"top_p": 0.9999},
     {"top_p": 0.0},
     {"top_p": 1.0},
     {"top_k": 1},
@@ -133,13 +140,13 @@ CASES = SMALL_CASES + tuple(
 
 
 def check_sampler(case: SamplingCase, device: str) -> None:
-    """The token is the one whose part of the cumulative distribution holds the row's uniform number."""
+    """The token is the one that the definition draws with the row's uniform numbers."""
     probs = case.probs(device)
     ids, valid = case.sampler()(probs, seed=SEED, offset=OFFSET, return_valid=True)
     assert ids.dtype == torch.int32
     assert valid.tolist() == [True] * case.batch_size
     for i, row in enumerate(probs.cpu().float()):
-        check_token(case, row, int(ids[i]), reference.uniform(SEED, OFFSET, i))
+        check_token(case, row, int(ids[i]), partial(reference.uniform, SEED, OFFSET, i))
 
 
 BRACKETED = SamplingConfig(row=0)  # rows of several chunks are searched in three steps, however short
@@ -156,7 +163,63 @@ def check_config(case: SamplingCase, config: SamplingConfig, device: str) -> Non
     launch(ids, valid, probs, None, *filters, None, SEED, None, OFFSET, config=config)
     assert valid.tolist() == [True] * case.batch_size
     for i, row in enumerate(probs.cpu().float()):
-        check_token(case, row, int(ids[i]), reference.uniform(SEED, OFFSET, i))
+        check_token(case, row, int(ids[i]), partial(reference.uniform, SEED, OFFSET, i))
+
+
+REFUSING_CASES = tuple(
+    SamplingCase(rows, 5003, {"top_p": top_p}, batch_size=8) for rows, top_p in (("steep", 0.05), ("flat", 0.0))
+)
+
+
+def first_candidates_refused(case: SamplingCase) -> int:
+    """In how many rows top-p refuses all the candidates that are drawn from the whole row."""
+    draws = []
+
+    def uniform(output: int, draw: int) -> float:
+        draws.append(draw)
+        return reference.uniform(SEED, OFFSET, output, draw)
+
+    for i, row in enumerate(case.probs("cpu").float()):
+        reference.top_p_token(row, case.filters["top_p"], partial(uniform, i))
+    return draws.count(reference.WHOLE_ROW_DRAWS)
+
+
+def check_refused(case: SamplingCase, config: SamplingConfig, device: str) -> None:
+    """As `check_config`, of rows some of which refuse all the candidates that are drawn from the whole row."""
+    assert first_candidates_refused(case) > 0
+    check_config(case, config, device)
+
+
+def check_top_p_boundary(num_draws: int, device: str) -> None:
+    """Nothing outside the nucleus is ever drawn, where its mass is top_p to the bit, and where entries tie."""
+    probs = torch.tensor([[0.03125, 0, 0.9375, 0.03125], [0.25, 0.125, 0.125, 0.5], [0.375, 0.125, 0.375, 0.125]])
+    indices = torch.arange(3, device=device).repeat_interleave(num_draws)
+    top_p = torch.tensor([0.9375, 0.5, 0.5], device=device)[indices]
+    ids = sampling.top_p_sampling_from_probs(probs.to(device), top_p, indices, seed=SEED)
+    assert [set(part.tolist()) for part in ids.split(num_draws)] == [{2}, {3}, {0, 2}]
+
+
+def check_rejection_paths_agree(vocab_size: int, dtype: torch.dtype, device: str) -> None:
+    """Rows held in registers and rows read from memory give the same tokens: with indices, a top_p, a seed and an
+    offset for each output, and rows that are no distribution."""
+    probs = SamplingCase("steep", vocab_size, batch_size=6, dtype=dtype).probs(device).clone()
+    probs[1, vocab_size // 3] = torch.nan
+    probs[2] = 0
+    probs[3, 0] = torch.inf
+    probs[5] = probs[5] > probs[5].float().mean()  # ties
+    indices = torch.arange(24, device=device) % 6
+    top_p, seeds = torch.linspace(0, 1, 24, device=device), torch.arange(24, device=device) + 2**40
+    run = kernels("sampling", probs.device).sample_from_probs
+
+    def outputs(config: SamplingConfig) -> list[Tensor]:
+        ids, valid = torch.empty_like(indices), torch.empty_like(indices, dtype=torch.bool)
+        run(ids, valid, probs, indices, None, 0, top_p, 1.0, None, 0.0, False, seeds, 0, seeds % 7, 0, config=config)
+        return [ids, valid]
+
+    in_registers, in_memory = outputs(SamplingConfig(row=2**15)), outputs(BRACKETED)
+    assert torch.equal(in_registers[0], in_memory[0])
+    assert torch.equal(in_registers[1], in_memory[1])
+    assert torch.equal(in_memory[1].cpu(), torch.tensor([True, False, False, False, True, True])[indices.cpu()])
 
 
 def check_brackets_find_the_same(vocab_size: int, dtype: torch.dtype, device: str) -> None:
@@ -179,27 +242,42 @@ def check_brackets_find_the_same(vocab_size: int, dtype: torch.dtype, device: st
         assert torch.equal(got, want)
 
 
-def check_token(case: SamplingCase, row: Tensor, token: int, u: float) -> None:
-    """As `check_sampler`, up to the rounding of sums: at the ends of the token's part and at the threshold of top-p."""
+def check_token(case: SamplingCase, row: Tensor, token: int, uniform: Callable[[int], float]) -> None:
+    """The token is that of the definition, up to the rounding of sums: at the ends of the token's part of the
+    cumulative distribution and at the threshold of top-p. uniform: the row's numbers."""
     dist, more = case.distribution(row), case.distribution(row, MASS_ROUNDING)
     assert row[token] > 0
     assert more[token] > 0, f"token {token}, which the filter removes, was drawn"
+    if case.top_p_alone:
+        check_top_p_token(case.filters["top_p"], row, token, uniform)
+        return
     end = float(dist[: token + 1].sum())
     begin = end - float(dist[token])
     # entries at the threshold that rounding lets in or out move all that lies behind them
-    slack = MASS_ROUNDING + float((more - dist).abs().sum())
+    slack, u = MASS_ROUNDING + float((more - dist).abs().sum()), uniform(0)
     assert begin - slack <= u <= end + slack, f"token {token} covers {begin}..{end}, drawn with {u}"
 
 
+def check_top_p_token(top_p: float, row: Tensor, token: int, uniform: Callable[[int], float]) -> None:
+    """The token is that of `reference.top_p_token`, or lies between those that rounding might lead to."""
+    shifts = (-MASS_ROUNDING, 0.0, MASS_ROUNDING)
+    tokens = []
+    for shift in shifts:
+        shifted = [min(max(uniform(draw) + shift, 0.0), 1.0) for draw in range(64)]
+        for more in shifts if 0 < top_p < 1 else (0.0,):
+            tokens.append(reference.top_p_token(row, top_p + more, shifted.__getitem__))
+    assert min(tokens) <= token <= max(tokens), f"drew {token}, expected one of {sorted(set(tokens))}"
+
+
 def check_filtered_is_renormalised(case: SamplingCase, device: str) -> None:
-    """A filtered draw is the plain draw from the renormalised probabilities."""
+    """A filtered draw is the plain draw from the renormalised probabilities; not so for top-p alone."""
     probs = case.probs(device)
     dist = torch.stack([case.distribution(row) for row in probs.cpu().float()]).float().to(device)
     ids = case.sampler()(probs, seed=SEED, offset=OFFSET)
     plain = sampling.sampling_from_probs(dist, seed=SEED, offset=OFFSET)
     for i, row in enumerate(probs.cpu().float()):
         if ids[i] != plain[i]:  # only at a boundary
-            check_token(case, row, int(plain[i]), reference.uniform(SEED, OFFSET, i))
+            check_token(case, row, int(plain[i]), partial(reference.uniform, SEED, OFFSET, i))
 
 
 RENORM_CASES = tuple(
@@ -278,7 +356,8 @@ def check_sampling_from_logits(vocab_size: int, dtype: torch.dtype, device: str)
     clean = sampling.sampling_from_logits(logits.to(device), seed=SEED, offset=OFFSET)
     case = SamplingCase("logits", vocab_size)
     for i, row in enumerate(logits):
-        check_token(case, reference.softmax(row.double()).float(), int(clean[i]), reference.uniform(SEED, OFFSET, i))
+        uniform = partial(reference.uniform, SEED, OFFSET, i)
+        check_token(case, reference.softmax(row.double()).float(), int(clean[i]), uniform)
     logits[3] = -torch.inf
     logits[4, vocab_size // 2] = torch.nan
     ids, valid = sampling.sampling_from_logits(logits.to(device), seed=SEED, offset=OFFSET, return_valid=True)
@@ -287,15 +366,19 @@ def check_sampling_from_logits(vocab_size: int, dtype: torch.dtype, device: str)
 
 
 def check_top_k_top_p_from_logits(order: str, device: str) -> None:
-    """The tokens of the same filters over the softmax."""
+    """The tokens of the same filters over the softmax; "top_k_first": of top-p alone, over that of the top-k."""
     logits = randn(4, 2500, seed=4) * 3
     top_k, top_p = torch.tensor([1, 20, 3000, 50]), torch.tensor([0.5, 0.9, 0.8, 1.0])
     ids = sampling.top_k_top_p_sampling_from_logits(
         logits.to(device), top_k.to(device), top_p.to(device), filter_apply_order=order, seed=SEED, offset=OFFSET
     )
     for i, row in enumerate(logits):
-        case = SamplingCase("logits", 2500, {"top_k": int(top_k[i]), "top_p": float(top_p[i]), "order": order})
-        check_token(case, torch.softmax(row, -1), int(ids[i]), reference.uniform(SEED, OFFSET, i))
+        filters: dict[str, Any] = {"top_k": int(top_k[i]), "top_p": float(top_p[i]), "order": order}
+        if order == "top_k_first":
+            row = row.masked_fill(~reference.top_k_keep(row, filters.pop("top_k")), -torch.inf)
+            del filters["order"]
+        case = SamplingCase("logits", 2500, filters)
+        check_token(case, torch.softmax(row, -1), int(ids[i]), partial(reference.uniform, SEED, OFFSET, i))
     for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):  # the last: in all of the row
         logits[row, 700 if row < 2 else slice(None)] = value
     again, valid = sampling.top_k_top_p_sampling_from_logits(
@@ -541,4 +624,8 @@ DISTRIBUTION_CASES = tuple(
     SamplingCase(rows, vocab_size, filters, batch_size=1)
     for rows, vocab_size in (("steep", 50), ("few", 1000))
     for filters in FILTERS
+) + tuple(
+    SamplingCase(rows, 300, {"top_p": top_p}, batch_size=1)
+    for rows in ("tied", "uniform", "one")
+    for top_p in (0.05, 0.5, 0.9999)
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashtile import sampling, topk
+from flashtile.config import SamplingConfig
 from flashtile.testing import cases_sampling as cases
 from flashtile.testing.cases_sampling import SamplingCase
 
@@ -22,13 +23,29 @@ def test_sampler_of_brackets(case: SamplingCase) -> None:
     cases.check_config(case, cases.BRACKETED, "cuda")
 
 
+@pytest.mark.parametrize("config", [SamplingConfig(row=0), SamplingConfig(row=32768)], ids=["memory", "row"])
+@pytest.mark.parametrize("case", cases.REFUSING_CASES, ids=str)
+def test_all_first_candidates_refused(case: SamplingCase, config: SamplingConfig) -> None:
+    cases.check_refused(case, config, "cuda")
+
+
+def test_top_p_at_the_boundary() -> None:
+    cases.check_top_p_boundary(10_000, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [5003, 16000])
+def test_rejection_in_registers_and_in_memory(vocab_size: int, dtype: torch.dtype) -> None:
+    cases.check_rejection_paths_agree(vocab_size, dtype, "cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [5003, 32000])
 def test_brackets_find_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     cases.check_brackets_find_the_same(vocab_size, dtype, "cuda")
 
 
-@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in cases.SMALL_CASES if not case.top_p_alone], ids=str)
 def test_filtered_draw_is_the_draw_from_renormalised_probabilities(case: SamplingCase) -> None:
     cases.check_filtered_is_renormalised(case, "cuda")
 
@@ -79,6 +96,12 @@ def test_softmax(vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("vocab_size", [37, 5003, 128256])
 def test_sampling_from_logits(vocab_size: int, dtype: torch.dtype) -> None:
     cases.check_sampling_from_logits(vocab_size, dtype, "cuda")
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("rows", ["steep", "tied"])
+def test_distribution_of_top_p_of_a_row_in_memory(rows: str, top_p: float) -> None:
+    cases.check_distribution(SamplingCase(rows, 50257, {"top_p": top_p}, batch_size=1), 10**6, "cuda")
 
 
 @pytest.mark.parametrize("order", ["top_k_first", "joint"])

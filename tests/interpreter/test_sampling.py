@@ -20,6 +20,7 @@ def test_sampler(case: SamplingCase) -> None:
 def test_distribution() -> None:
     cases.check_distribution(SamplingCase("steep", 30, batch_size=1), 200, "cpu")
     cases.check_distribution(SamplingCase("steep", 30, {"top_p": 0.9}, batch_size=1), 100, "cpu", shared=False)
+    cases.check_distribution(SamplingCase("flat", 30, {"top_p": 0.2}, batch_size=1), 200, "cpu")
 
 
 @pytest.mark.parametrize("case", [c for c in cases.RENORM_CASES if c.rows != "few" or "top_k" in c.filters], ids=str)
@@ -78,6 +79,13 @@ def test_large_batches_run_in_slices(filters: dict[str, Any], monkeypatch: pytes
     assert torch.equal(case.sampler()(case.probs("cpu"), seed=3), whole)
 
 
+def test_large_batches_run_in_slices_of_rows_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashtile.kernels.sampling import rows
+
+    monkeypatch.setattr(rows, "WORKSPACE_BYTES", 1000)
+    cases.check_config(SamplingCase("steep", 5003, {"top_p": 0.3}, batch_size=9), cases.BRACKETED, "cpu")
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -96,6 +104,21 @@ def test_forced_config(config: SamplingConfig) -> None:
 @pytest.mark.parametrize("case", [case for case in cases.BRACKETED_CASES if case.vocab_size <= 5003], ids=str)
 def test_sampler_of_brackets(case: SamplingCase) -> None:
     cases.check_config(case, cases.BRACKETED, "cpu")
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(row=0), SamplingConfig(chunk=512, row=8192)], ids=["memory", "row"])
+@pytest.mark.parametrize("case", cases.REFUSING_CASES, ids=str)
+def test_all_first_candidates_refused(case: SamplingCase, config: SamplingConfig) -> None:
+    cases.check_refused(case, config, "cpu")
+
+
+def test_top_p_at_the_boundary() -> None:
+    cases.check_top_p_boundary(20, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rejection_in_registers_and_in_memory(dtype: torch.dtype) -> None:
+    cases.check_rejection_paths_agree(5003, dtype, "cpu")
 
 
 def test_brackets_find_the_same() -> None:

@@ -1,9 +1,13 @@
 """Sampling in PyTorch. Thresholds are found by sorting, tokens by searching the cumulative distribution, in fp64."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import count
 
 import torch
 from torch import Tensor
+
+from flashtile.config import WHOLE_ROW_DRAWS
 
 _WORD = 0xFFFFFFFF
 _BLOCK_ELEMENTS = 2**22  # probabilities handled at once: bounds the memory of fp64 copies
@@ -28,14 +32,17 @@ def sample_from_probs(
     offset_value: int,
 ) -> None:
     """ids[i] from row indices[i] of probs [rows, vocab] under its filters; valid[i]: that row is a distribution."""
-    u = uniforms(len(ids), seed, seed_value, offset, offset_value)
+    draws = cache(lambda draw: uniforms(len(ids), seed, seed_value, offset, offset_value, draw))
     per_output = any(x is not None for x in (top_k, top_p, min_p))
+    top_p_alone = top_k is None and top_k_value == 0 and min_p is None and min_p_value == 0
     for rows, outputs in _groups(ids, probs, indices, per_output):
         x = probs[rows].float()
-        keep_from = _threshold(
-            x, _part(top_k, outputs, top_k_value), _part(top_p, outputs, top_p_value), joint
-        ).maximum(_part(min_p, outputs, min_p_value).reshape(-1, 1) * x.amax(-1, keepdim=True))
-        _pick(ids, valid, torch.where(x >= keep_from, x, 0), outputs, u)
+        keep_from = _threshold(x, _part(top_k, outputs, top_k_value), _part(top_p, outputs, top_p_value), joint)
+        if top_p_alone:  # or no filter: then the first candidate is accepted
+            _reject(ids, valid, x, keep_from, outputs, draws)
+            continue
+        keep_from = keep_from.maximum(_part(min_p, outputs, min_p_value).reshape(-1, 1) * x.amax(-1, keepdim=True))
+        _pick(ids, valid, torch.where(x >= keep_from, x, 0), outputs, draws(0))
 
 
 def sample_from_logits(
@@ -205,6 +212,32 @@ def _pick(ids: Tensor, valid: Tensor, weights: Tensor, outputs: Tensor | slice, 
     last = torch.searchsorted(cumulative, total)  # the last id with a weight, should rounding lift a target to the sum
     ids[outputs] = torch.where(good, found.minimum(last), 0).flatten().to(ids.dtype)
     valid[outputs] = good.expand_as(found).flatten()
+
+
+def _reject(
+    ids: Tensor, valid: Tensor, x: Tensor, keep_from: Tensor, outputs: Tensor | slice, draws: Callable[[int], Tensor]
+) -> None:
+    """ids[outputs] = `top_p_token` of reference/sampling.py for x [rows, vocab], which keeps what is at least keep_from
+    [rows, 1]. draws: the numbers of all outputs [batch_size] for a draw. Rows as for `_pick`."""
+    pending = torch.arange(len(ids))[outputs]
+    low = torch.zeros(len(pending))  # the greatest entry refused
+    for draw in count():
+        if draw < WHOLE_ROW_DRAWS:
+            _pick(ids, valid, x, pending, draws(draw))
+        elif len(x) == 1:  # outputs of one row that have refused the same: together
+            values, group = low.unique(return_inverse=True)
+            parts = group.argsort().split(group.bincount().tolist())
+            for value, part in zip(values, parts, strict=True):
+                _pick(ids, valid, torch.where(x > value, x, 0), pending[part], draws(draw))
+        else:
+            _pick(ids, valid, torch.where(x > low[:, None], x, 0), pending, draws(draw))
+        value = x.expand(len(pending), -1).gather(1, ids[pending, None].long())
+        refused = (valid[pending, None] & (value < keep_from)).flatten()
+        if not refused.any():
+            return
+        pending, low = pending[refused], low.maximum(value.flatten())[refused]
+        if len(x) > 1:
+            x, keep_from = x[refused], keep_from[refused]
 
 
 def top_k(ids: Tensor, input: Tensor, starts: Tensor | None, lengths: Tensor | None, prefer_large_ids: bool) -> None:

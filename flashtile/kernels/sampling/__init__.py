@@ -1,4 +1,5 @@
-"""Launchers of sampling, Triton: see rows.py for what the kernels share, threshold.py for how thresholds are found.
+"""Launchers of sampling, Triton: see rows.py for what the kernels share, threshold.py for how thresholds are found,
+and rejection.py for top-p alone, which needs none.
 
 Launches depend on shapes alone, and nothing waits for the GPU: all of it can be captured in a CUDA graph. On sm_90 the
 kernels of one call overlap (programmatic dependent launch): each is scheduled while the one before it ends, and loads
@@ -9,7 +10,7 @@ All take `config`, by default that of config.py for the vocabulary: tests and tu
 from torch import Tensor
 
 from flashtile.config import SamplingConfig
-from flashtile.kernels.sampling import draw, threshold
+from flashtile.kernels.sampling import draw, rejection, threshold
 from flashtile.kernels.sampling.filters import mask_logits, renorm_probs
 from flashtile.kernels.sampling.logits import sample_from_logits, softmax
 from flashtile.kernels.sampling.rows import Random, chunks_of
@@ -55,6 +56,8 @@ def sample_from_probs(
     on, chunks = filters.keywords(probs.shape[1]), chunks_of(probs.shape[1], config, probs.device)
     if not (on["USE_K"] or on["USE_P"]):
         draw.draw(ids, valid, probs, indices, min_p, min_p_value, random, chunks, pdl)
+    elif top_k is None and top_k_value == 0 and min_p is None and min_p_value == 0:
+        rejection.sample_top_p(ids, valid, probs, indices, filters, random, chunks, pdl)
     elif min_p is None and min_p_value == 0:
         threshold.sample(ids, valid, probs, indices, filters, random, chunks, pdl)
     else:

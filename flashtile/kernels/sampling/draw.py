@@ -103,14 +103,16 @@ def draw(
 ) -> None:  # fmt: skip
     """A token for each output, from its row of probs; min_p (0: off) for each output, or one for all."""
     if share_rows(probs, indices, min_p):
-        sums = [_masses(probs[part], None, None, min_p_value, chunks, pdl) for part in _mass_slices(len(probs), chunks)]
+        sums = [
+            masses_of(probs[part], None, None, min_p_value, chunks, pdl) for part in _mass_slices(len(probs), chunks)
+        ]
         masses, thresholds = (torch.cat(x) for x in zip(*sums, strict=True))
         use = thresholds if min_p_value > 0 else None
         draw_from_masses(ids, valid, probs, indices, masses, use, random, chunks, True, pdl)
         return
     for part in _mass_slices(len(ids), chunks):
         x, rows = rows_of(probs, indices, part)
-        masses, thresholds = _masses(x, rows, entries(min_p, part), min_p_value, chunks, pdl)
+        masses, thresholds = masses_of(x, rows, entries(min_p, part), min_p_value, chunks, pdl)
         use = thresholds if min_p is not None or min_p_value > 0 else None
         draw_from_masses(ids[part], valid[part], x, rows, masses, use, random.part(part), chunks, False, pdl)
 
@@ -120,7 +122,7 @@ def _mass_slices(count: int, chunks: Chunks) -> Iterator[slice]:
     return slices(count, chunks.padded * 8)
 
 
-def _masses(
+def masses_of(
     x: Tensor, rows: Tensor | None, min_p: Tensor | None, min_p_value: float, chunks: Chunks, pdl: bool | None
 ) -> tuple[Tensor, Tensor]:
     """masses [outputs, NUM_CHUNKS] and thresholds [outputs] (of min_p)."""

@@ -53,6 +53,20 @@ def sum3(a, b, c, axis: tl.constexpr):
 
 
 @triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def sum4(a, b, c, d, axis: tl.constexpr):
+    """As `sum2`, of four tensors."""
+    if _INTERPRETED:
+        return tl.sum(a, axis), tl.sum(b, axis), tl.sum(c, axis), tl.sum(d, axis)
+    else:
+        return tl.reduce((a, b, c, d), axis, _add4)
+
+
+@triton.jit
 def _add_add_min_max(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, tl.minimum(a2, b2), tl.maximum(a3, b3)
 
