@@ -18,7 +18,9 @@ def finish(m, l, sink, C: gl.constexpr):
     factor = gl.full_like(l, 1.0)
     if C.sinks:
         top = gl.maximum(m, sink)
-        factor = gl.exp2(m - top)
+        # m is a product, and may be subtracted from before it is rounded: of a row without keys, some 1e24 are left of
+        # 1e31 - 1e31, and exp2 of them would be infinite
+        factor = gl.exp2(gl.minimum(m - top, 0.0))
         l = l * factor + gl.exp2(sink - top)
         m = top
     empty = l == 0.0
