@@ -21,7 +21,6 @@ class Config:
         (0: all).
     kv_chunk: a fixed KV chunk in tokens (0: the scheduler's choice). one_loop: mask every step instead of walking the
         unmasked ones in a loop of their own. overlap: the merge is launched while the last tiles run (sm_90).
-    fused_merge: there is no merge kernel: the CTA that finishes a split tile's last part joins them (portable family).
     ways: 1, or num_warps: each warp attends to its own keys of a step (needs a block_m of 16). heads: KV heads of a
         CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
@@ -45,7 +44,6 @@ class Config:
     split: bool = True
     one_loop: bool = False
     overlap: bool = False
-    fused_merge: bool = False
     ways: int = 1
     heads: int = 1
     raw: bool = False
@@ -60,11 +58,6 @@ class Config:
             raise ValueError(
                 f"ways, heads: expected 1 way or one per warp ({self.num_warps}), shared evenly by heads, "
                 f"got ways={self.ways}, heads={self.heads}"
-            )
-        if self.fused_merge and (self.family != "portable" or self.overlap):
-            raise ValueError(
-                "fused_merge: expected a portable configuration without overlap, which is of the merge's own kernel, "
-                f"got family={self.family!r}, overlap={self.overlap}"
             )
         if self.family == "hopper" and self.block_m not in (64, 128):
             raise ValueError(
@@ -237,8 +230,9 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
     group, rows = p.group_size, w.max_qo_len * p.group_size
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:  # products in fp64: small tiles, or the operands spill
-        return Config("portable", 16, 16 if wide > 256 else 32, group, num_warps=8, fused_merge=True)
+        return Config("portable", 16, 16 if wide > 256 else 32, group, num_warps=8, overlap=sm >= (9, 0))
     if rows <= 16:  # one tensor-core row of 16 holds the group: bound by memory
+        overlap = sm >= (9, 0)
         if wide <= 128:
             whole = p.head_dim_qk in (16, 32, 64, 128) and p.head_dim_vo in (16, 32, 64, 128)
             block_n = 64 if whole else 32  # padded dims cost registers
@@ -249,18 +243,15 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
             if w.batch_size * p.num_kv_heads <= 2 * sms:
                 # few tiles: two KV blocks in flight keep one CTA an SM at 84 % of the copy rate (H100, 16 x 4k tokens),
                 # where twice the CTAs, each with one block in flight, lose 4 % to the merge
-                row = Config(
-                    "portable", 16, block_n, group, num_stages=5, split_cost=2.0, fused_merge=True, max_registers=168
-                )
+                row = Config("portable", 16, block_n, group, num_stages=5, split_cost=2.0, overlap=overlap)
                 # long ones, longer steps: 16 x 4k tokens 96 us, 98 by 64; 16 x 16k 357, 366; but 1 x 4k 16.9, 16.3
                 longer = whole and not variant and w.total_kv_len * p.num_kv_heads >= 2048 * sms
-                return replace(row, block_n=128) if longer and sm >= (9, 0) else row
+                return replace(row, block_n=128, max_registers=168) if longer and sm >= (9, 0) else row
             # many tiles: four CTAs an SM hold 64 x 8 tiles at once; 370 us for 64 x 4k tokens where two take 386
-            overlap = sm >= (9, 0)
             return Config("portable", 16, block_n, group, num_stages=3, ctas_per_sm=4, split_cost=2.0, overlap=overlap)
         if wide <= 256:
-            return Config("portable", 16, 32, group, num_warps=8, num_stages=5, ctas_per_sm=2, fused_merge=True)
-        return Config("portable", 16, 16, group, num_warps=8, num_stages=3, fused_merge=True)
+            return Config("portable", 16, 32, group, num_warps=8, num_stages=5, ctas_per_sm=2, overlap=overlap)
+        return Config("portable", 16, 16, group, num_warps=8, num_stages=3, overlap=overlap)
     if wide > 256:
         return Config("portable", 32, 32, group, num_warps=8, num_stages=1)
     if wide > 128:
@@ -275,12 +266,10 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
 def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     """Decode over caches of 8 and 4 bits: a step of 64 tokens is few bytes, so steps are longer (H100, 32/8 heads,
     page 16, in us; benchmarks/results/h100_decode_narrow.jsonl)."""
-    row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0)
-    if (
-        w.batch_size * p.num_kv_heads <= 2 * sms
-    ):  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
-        return replace(row, fused_merge=True)
-    row = replace(row, overlap=True)
+    row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0, overlap=True)
+    few_tiles = w.batch_size * p.num_kv_heads <= 2 * sms
+    if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
+        return row
     formats = {p.k_format, p.v_format}
     # A row of one head is 128 bytes, or 64: CTAs of several heads read more at a place, and numbers that are multiplied
     # as they are leave time for it. 64 x 4k / 64 x 16k tokens: int4 by 4 heads 128 / 444, by 2 165 / 605, alone 132 /

@@ -60,7 +60,6 @@ def test_each_visible_key_of_each_row_is_in_exactly_one_item(lengths, tiling, le
             slots = sorted(items["slot"][at])
             if len(at) == 1:
                 assert slots == [-1], "a whole tile writes its own result"
-                assert items["merge"][at[0]] == -1
                 continue
             m = np.flatnonzero(
                 (merges["q_begin"] == items["q_begin"][at[0]])
@@ -70,7 +69,6 @@ def test_each_visible_key_of_each_row_is_in_exactly_one_item(lengths, tiling, le
             owner = [j for j in m if slots[0] == merges["slot_begin"][j]]
             assert len(owner) == 1, "a cut tile has one merge entry"
             assert slots == list(range(slots[0], slots[0] + merges["num_slots"][owner[0]]))
-            assert set(items["merge"][at]) == {owner[0]}
     used = np.sort(items["slot"][items["slot"] >= 0])
     assert (used == np.arange(work.num_slots)).all(), "slots are used once and without gaps"
 

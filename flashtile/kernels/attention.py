@@ -296,8 +296,8 @@ def load_parts(q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, 
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, merges_ptr, arrivals_ptr,
-    kv_indices_ptr, sinks_ptr, table_ptr, k_scale, v_scale, k_zero, v_zero,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, kv_indices_ptr, sinks_ptr,
+    table_ptr, k_scale, v_scale, k_zero, v_zero,
     stride_qn, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_on, stride_oh,
     sm_scale, out_scale, soft_cap, window_left, window_right, num_qo_heads,
     KV_ROW: tl.constexpr, COS_SIN: tl.constexpr, LOGITS: tl.constexpr, SLOPES: tl.constexpr, SHIFTED: tl.constexpr,
@@ -308,15 +308,13 @@ def attention_kernel(
     RIGHT: tl.constexpr, SINKS: tl.constexpr, D_VO: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr,
     V_TILES: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
-    ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One CTA per (item, HEADS head groups). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M
     (, D_VO)]. With HEADS > 1, a head group is all heads of a KV head.
 
     A row of K (half a row, if there is a COS_SIN) is K_WIDTH elements of k_ptr, each with K_PARTS values. table_ptr:
     the frequencies for COS_SIN, or with SLOPES a slope per query head. SHIFTED: LOGITS leaves lse_shift to be added.
-    MERGED_ROWS: of a tile, which the CTA that finishes its last part joins; 0: a kernel of its own will. arrivals:
-    [merge, CTAs of an item] int32 zeros.
     k_scale ... v_zero: (pointer, strides of a page, a row and a head, for "group" also a group), or (pointer, stride of
     a head) for "head"; None if there is none.
     """
@@ -464,50 +462,32 @@ def attention_kernel(
         base = (slot.to(tl.int64) * tl.num_programs(0) * HEADS + head_group) * BLOCK_M + r
         tl.store(partial_ptr + base[:, None] * D_VO + offs_dv[None, :], out, mask=stored)
         tl.store(partial_lse_ptr + base, lse, mask=valid)
-        if MERGED_ROWS > 0:
-            merge = tl.load(item + 10).to(tl.int64)
-            merge_ptr = merges_ptr + merge * MERGE
-            if arrive_last(arrivals_ptr + merge * tl.num_programs(0) + tl.program_id(0), tl.load(merge_ptr + 4)):
-                BLOCK_DV: tl.constexpr = BLOCK_V * V_PARTS
-                for i in tl.static_range(HEADS):
-                    merge_rows(
-                        partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merge_ptr, sinks_ptr, table_ptr, stride_on,
-                        stride_oh, num_qo_heads, head_group + i, tl.num_programs(0) * HEADS, tl.arange(0, MERGED_ROWS),
-                        BLOCK_M, PACK, SINKS, SHIFTED, D_VO, BLOCK_DV, BLOCK_M,
-                        states_at_once(MERGED_ROWS, BLOCK_DV), False,
-                    )  # fmt: skip
     else:
         out_ptrs = out_ptr + (q_row * stride_on + head.to(tl.int64) * stride_oh)[:, None] + offs_dv[None, :]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=stored)
         tl.store(lse_ptr + q_row * num_qo_heads + head, lse, mask=valid)
 
 
-MERGE_ELEMENTS = 8192  # fp32 values of partial states that a CTA reads at once to join them
-
-
-@triton.constexpr_function
-def states_at_once(rows, block_dv):
-    """Partial states of so many rows that a CTA reads at once."""
-    return max(MERGE_ELEMENTS // (rows * block_dv), 1)
-
-
 @triton.jit
-def merge_rows(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merge_ptr, sinks_ptr, slopes_ptr, stride_on, stride_oh,
-    num_qo_heads, head_group, num_groups, r, ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, SHIFTED: tl.constexpr,
-    D_VO: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
+def merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merges_ptr, sinks_ptr, slopes_ptr, stride_on, stride_oh,
+    num_qo_heads, ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, SHIFTED: tl.constexpr, D_VO: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Join the partial states of a split tile's rows r [BLOCK_R] below ROWS, for one head group.
+    """One CTA per (BLOCK_R packed rows of a split tile, head group): joins the partial states of the rows' KV chunks.
 
-    Rows are packed; merge_ptr: the tile's entry of the merge list. BLOCK_S states are read at once.
+    ROWS: packed rows of the tallest tile, at most BLOCK_M.
     """
-    BLOCK_R: tl.constexpr = r.shape[0]
-    q_begin = tl.load(merge_ptr)
-    qo_len = tl.load(merge_ptr + 1)
-    row = tl.load(merge_ptr + 2) + r
-    slot_begin = tl.load(merge_ptr + 3).to(tl.int64)
-    num_slots = tl.load(merge_ptr + 4)
-    kv_len = tl.load(merge_ptr + 5)
+    blocks = tl.cdiv(ROWS, BLOCK_R)
+    merge = merges_ptr + (tl.program_id(1) // blocks).to(tl.int64) * MERGE
+    r = tl.program_id(1) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    q_begin = tl.load(merge)
+    qo_len = tl.load(merge + 1)
+    row = tl.load(merge + 2) + r
+    slot_begin = tl.load(merge + 3).to(tl.int64)
+    num_slots = tl.load(merge + 4)
+    kv_len = tl.load(merge + 5)
+    head_group = tl.program_id(0)
     token = row // PACK
     head = head_group * PACK + row % PACK
     valid = (r < ROWS) & (token < qo_len)
@@ -519,13 +499,11 @@ def merge_rows(
         gdc_wait()
     for s in range(0, num_slots, BLOCK_S):
         i = s + tl.arange(0, BLOCK_S)
-        base = ((slot_begin + i) * num_groups + head_group)[None, :] * BLOCK_M + r[:, None]
+        base = ((slot_begin + i) * tl.num_programs(0) + head_group)[None, :] * BLOCK_M + r[:, None]
         some = (i < num_slots)[None, :] & valid[:, None]
-        # from L2: other SMs wrote them while this kernel ran, if merges are fused
-        lse = tl.load(partial_lse_ptr + base, mask=some, other=NEG_INF, cache_modifier=".cg")
-        columns = some[:, :, None] & (offs_dv < D_VO)[None, None, :]
-        states = partial_ptr + base[:, :, None] * D_VO + offs_dv[None, None, :]
-        out = tl.load(states, mask=columns, other=0.0, cache_modifier=".cg")
+        lse = tl.load(partial_lse_ptr + base, mask=some, other=NEG_INF)
+        out = tl.load(partial_ptr + base[:, :, None] * D_VO + offs_dv[None, None, :],
+                      mask=some[:, :, None] & (offs_dv < D_VO)[None, None, :], other=0.0)  # fmt: skip
         out = tl.where((lse > NEG_INF)[:, :, None], out, 0.0)
         p, m, alpha = softmax_step(lse, m, True)
         l = l * alpha + tl.sum(p, 1)
@@ -544,36 +522,8 @@ def merge_rows(
     tl.store(lse_ptr + q_row * num_qo_heads + head, lse, mask=valid)
 
 
-@triton.jit
-def merge_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merges_ptr, sinks_ptr, slopes_ptr, stride_on, stride_oh,
-    num_qo_heads, ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, SHIFTED: tl.constexpr, D_VO: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """One CTA per (BLOCK_R packed rows of a split tile, head group). ROWS: packed rows of the tallest tile, at most
-    BLOCK_M."""
-    blocks = tl.cdiv(ROWS, BLOCK_R)
-    merge_ptr = merges_ptr + (tl.program_id(1) // blocks).to(tl.int64) * MERGE
-    r = tl.program_id(1) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    merge_rows(
-        partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merge_ptr, sinks_ptr, slopes_ptr, stride_on, stride_oh,
-        num_qo_heads, tl.program_id(0), tl.num_programs(0), r, ROWS, PACK, SINKS, SHIFTED, D_VO, BLOCK_DV, BLOCK_M,
-        BLOCK_S, OVERLAP,
-    )  # fmt: skip
-
-
-@triton.jit
-def arrive_last(count_ptr, expected):
-    """Count this CTA's arrival. Whether it is the last of `expected`: it sees what all of them had stored before they
-    arrived, and has set the count back to 0."""
-    tl.debug_barrier()  # the stores of all threads come before the arrival, which is one thread's
-    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(count_ptr, 0)
-    return last
-
-
-MANY_CTAS = 1024  # from here on a CTA of the merge takes several rows
+MERGE_ELEMENTS = 8192  # fp32 values of partial states that a CTA of the merge reads at once
+MANY_CTAS = 1024  # from here on a CTA takes several rows
 
 
 def launch_merge(
@@ -585,7 +535,7 @@ def launch_merge(
     block_dv = triton.next_power_of_2(p.head_dim_vo)
     rows = min(c.block_m, plan.work.max_qo_len * c.pack)
     groups = p.num_qo_heads // c.pack
-    block_s = min(triton.next_power_of_2(plan.max_slots), max(4, states_at_once(1, block_dv)))
+    block_s = min(triton.next_power_of_2(plan.max_slots), max(4, MERGE_ELEMENTS // block_dv))
     block_r = 1 if groups * plan.num_merges * rows < MANY_CTAS else max(MERGE_ELEMENTS // (block_dv * block_s), 1)
     block_r = min(block_r, triton.next_power_of_2(rows))
     merge_kernel[(groups, plan.num_merges * triton.cdiv(rows, block_r))](
@@ -619,15 +569,14 @@ def run(
     v_strides = v.stride()[:-1] if p.paged else (0, *v.stride()[:-1])
     if plan.num_items:
         attention_kernel[(p.num_qo_heads // c.pack // c.heads, plan.num_items)](
-            q, k, v, out, lse, partial, partial_lse, plan.items, plan.merges, plan.arrivals, plan.kv_indices,
-            sinks if sinks is not None else lse, plan.table,
-            *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
+            q, k, v, out, lse, partial, partial_lse, plan.items, plan.kv_indices, sinks if sinks is not None else lse,
+            plan.table, *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
             q.stride(0), q.stride(1), *k_strides, *v_strides, out.stride(0), out.stride(1),
             sm_scale, scales.out, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
-            **constexprs(p, c, sinks is not None, k_strides == v_strides, scales, plan.work.max_qo_len),
+            **constexprs(p, c, sinks is not None, k_strides == v_strides, scales),
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers,
         )  # fmt: skip
-    if plan.num_merges and not c.fused_merge:
+    if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
 
 
@@ -670,10 +619,9 @@ def factor_argument(factor: Factor | None, p: Problem) -> tuple[Any, ...] | None
 
 
 def constexprs(
-    p: Problem, c: Config, has_sinks: bool, alike: bool = True, scales: Scales = NO_SCALES, max_qo_len: int = 1
+    p: Problem, c: Config, has_sinks: bool, alike: bool = True, scales: Scales = NO_SCALES
 ) -> dict[str, object]:
     """What the mainloop is specialised on; alike: K and V have the same strides."""
-    merged_rows = triton.next_power_of_2(min(c.block_m, max_qo_len * c.pack)) if c.fused_merge else 0
     k_parts, v_parts = PARTS[p.k_format], PARTS[p.v_format]
     exact = p.q_dtype == torch.float32
     logits = {
@@ -729,7 +677,6 @@ def constexprs(
         "STAGES": c.num_stages,
         "ONE_LOOP": c.one_loop,
         "OVERLAP": c.overlap,
-        "MERGED_ROWS": merged_rows,
     }
 
 
@@ -888,7 +835,7 @@ def _case(
     signature["k_ptr"] = element if problem.k_format == "plain" else "*i16"
     signature["v_ptr"] = element if problem.v_format == "plain" else "*i16"
     signature |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr", "table_ptr"), "*fp32")
-    signature |= dict.fromkeys(("items_ptr", "merges_ptr", "arrivals_ptr", "kv_indices_ptr"), "*i32")
+    signature |= dict.fromkeys(("items_ptr", "kv_indices_ptr"), "*i32")
     signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
     signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")
     alike = (problem.k_format, problem.head_dim_qk) == (problem.v_format, problem.head_dim_vo)

@@ -57,7 +57,6 @@ class Plan:
     device: torch.device
     items: Tensor  # [num_items, ITEM_STRIDE] int32
     merges: Tensor  # [num_merges, MERGE_STRIDE] int32
-    arrivals: Tensor  # [num_merges * num_head_groups] int32 zeros, with config.fused_merge; else empty
     turns: Tensor  # [rounds, ctas] int32, of a persistent grid; else empty
     kv_indices: Tensor  # page ids, int32; any int32 tensor if the KV is ragged
     table: Tensor  # fp32: the rope's radians per token [head_dim_qk / 2], or ALiBi's slopes [num_qo_heads]; or empty
@@ -121,9 +120,8 @@ def make_plan(
         lengths_of = work.items[:, ITEM_FIELDS.index("kv_end")] - work.items[:, ITEM_FIELDS.index("kv_begin")]
         turns = take_turns(lengths_of.astype(np.int64), tiling)
     # the table first, filled up to 16 bytes: then items start at such a multiple in every plan
-    arrivals = np.zeros(len(work.merges) * tiling.num_head_groups if config.fused_merge else 0, dtype=np.int32)
-    host = [position_table(problem).view(np.int32), work.items, work.merges, arrivals, turns]
-    table, items, merges, arrivals_there, turns_there = upload(host, device)
+    host = [position_table(problem).view(np.int32), work.items, work.merges, turns]
+    table, items, merges, turns_there = upload(host, device)
     return Plan(
         problem=problem,
         config=config,
@@ -131,7 +129,6 @@ def make_plan(
         device=device,
         items=items.view(-1, ITEM_STRIDE),
         merges=merges.view(-1, MERGE_STRIDE),
-        arrivals=arrivals_there,
         turns=turns_there.view(turns.shape),
         kv_indices=kv_indices,
         table=table.view(torch.float32),
@@ -173,7 +170,6 @@ def _make_copied_plan(
         device=device,
         items=table[:0].view(-1, ITEM_STRIDE),
         merges=table[:0].view(-1, MERGE_STRIDE),
-        arrivals=table[:0],
         turns=table[:0].view(0, 1),
         kv_indices=kv_indices,
         table=table.view(torch.float32),

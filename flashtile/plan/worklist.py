@@ -24,7 +24,6 @@ ITEM_FIELDS = (
     "kv_end",
     "slot",  # where the partial state goes; -1: the item writes the final result
     "head_begin",  # first head group of the item; it covers Config.heads_per_item of them
-    "merge",  # the entry of WorkList.merges that joins the tile's partial states; -1: none does
 )
 ITEM_STRIDE = len(ITEM_FIELDS)
 # Columns of WorkList.merges, int32 each.
@@ -225,12 +224,9 @@ def make_worklist(
     cut = chunks > 1
     slots_before = np.cumsum(np.where(cut, chunks, 0)) - np.where(cut, chunks, 0)
     slot = np.where(cut[tile], slots_before[tile] + nth, -1)
-    merge = np.where(cut, np.cumsum(cut) - 1, -1)[tile]
 
     r = request[tile]
-    columns = [
-        r, qo_indptr[r], qo_len[r], row_begin[tile], kv_base[r], kv_len[r], begin, end, slot, np.zeros_like(r), merge,
-    ]  # fmt: skip
+    columns = [r, qo_indptr[r], qo_len[r], row_begin[tile], kv_base[r], kv_len[r], begin, end, slot, np.zeros_like(r)]
     items = np.stack(columns, axis=1)
     steps = -(-(end - begin) // tiling.block_n)  # tiles of as many steps stay together: they may share their KV
     items = items[np.argsort(-steps, kind="stable")]
