@@ -98,9 +98,10 @@ sanitize() {
 
 # sanitize_shards TOOL IDS: the tests named in the files IDS.0, IDS.1, ..., a process each; what each said, and a total.
 #
-# In every warp-specialised kernel of Triton 3.6, also one of three lines (tests/gpu/dispatch.py), racecheck reports the
-# dispatch itself: the byte by which a warp learns its role, read in the kernel's first instructions and written by warp
-# group 0 before it starts the others and after they end. Only that is allowed: reads beyond the first 512 bytes fail.
+# In every warp-specialised kernel that waits for an mbarrier, also in one that does nothing else (handover in
+# tests/gpu/dispatch.py), racecheck reports the dispatch itself: the byte by which a warp learns its role, read in the
+# kernel's first instructions and written by warp group 0 before it starts the others and after they end, with barrier 1
+# between. Only that is allowed: reads beyond the first 512 bytes fail.
 sanitize_shards() {
   local tool=$1 ids=$2 shard pids=() failures=0 races
   for ((shard = 0; shard < WORKERS; shard++)); do
