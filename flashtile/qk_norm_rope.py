@@ -1,6 +1,8 @@
 """Query-key norm and rotary embedding over a grid of patches (video models), fused with the copy of the values.
 Defined by reference/norm.py and reference/rope.py. fp32 inside, rounded once. Inference only: no gradients."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,8 @@ from flashtile import checks, library
 _qk_norm_rope = library.launcher(
     "qk_norm_rope",
     "qk_norm_rope(Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!) v_out, Tensor qkv, Tensor q_weight, Tensor k_weight,"
-    " int[] grid, int[] channels, float eps, float base, bool interleave, bool normalise, float qk_factor,"
-    " float v_factor) -> ()",
+    " int[] grid, int[] channels, float eps, float base, float[] yarn, float attention_factor, bool interleave,"
+    " bool normalise, float qk_factor, float v_factor) -> ()",
 )
 
 
@@ -48,7 +50,7 @@ def fused_qk_rmsnorm_rope(
 
     Tokens run over frames, then rows, then columns of patches. A head's leading num_frame_channels turn with the frame,
     the next num_height_channels with the row, the rest with the column; pair i of an axis of c channels turns by
-    base^(-2 i / c) radians per patch.
+    base^(-2 i / c) radians per patch, if YaRN (arXiv:2309.00071) does not slow it.
 
     Args:
         qkv: [batch_size, seq_len, (num_heads_q + num_heads_k + num_heads_v) * head_dim] with seq_len = ppf * pph * ppw,
@@ -58,7 +60,9 @@ def fused_qk_rmsnorm_rope(
         num_frame_channels, num_height_channels, num_width_channels: even; head_dim together.
         eps: added to the mean square.
         interleave: pairs are (2 i, 2 i + 1); False: (i, i + head_dim / 2), in the same order of axes.
-        factor, low, high, attention_factor: YaRN, of which only factor=1 (off) is built.
+        factor, low, high: YaRN. Of each axis, pairs i <= low keep their frequency, those from high on turn factor times
+            slower, and between the two frequencies are mixed linearly in i; low = high is a step. factor=1: off.
+        attention_factor: YaRN's factor on cos and sin, so on q and on k; 1 with factor=1.
         is_qk_norm: False: rotation only.
         output_fp8: outputs are float8_e4m3fn: q and k divided by output_quant_scale, v by v_quant_scale, values too
             large becoming the largest.
@@ -68,16 +72,17 @@ def fused_qk_rmsnorm_rope(
         q, k and v, each [batch_size, seq_len, num_heads, head_dim], or [num_tokens, num_heads, head_dim].
 
     Raises:
-        ValueError: a shape, dtype, device or stride that does not fit, or a scale without output_fp8.
-        NotImplementedError: factor is not 1; output_fp8 on a GPU older than compute capability 8.9.
+        ValueError: a shape, dtype, device or stride that does not fit; a base or factor that is not positive; low above
+            high; attention_factor without YaRN; a scale without output_fp8.
+        NotImplementedError: output_fp8 on a GPU older than compute capability 8.9.
     """
-    if factor != 1.0:
-        raise checks.not_implemented("factor", "YaRN frequencies; use factor=1.0")
-    if attention_factor != 1.0 or low or high:
-        raise ValueError(
-            "attention_factor, low, high: expected 1.0, 0.0 and 0.0 with factor=1.0 (no YaRN), "
-            f"got {attention_factor}, {low} and {high}"
-        )
+    for name, x in (("base", base), ("factor", factor), ("attention_factor", attention_factor)):
+        if not 0 < x < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {x}")
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"low, high: expected numbers of pairs with low <= high, got {low} and {high}")
+    if factor == 1.0 and attention_factor != 1.0:
+        raise ValueError(f"attention_factor: expected 1.0 with factor=1.0 (no YaRN), got {attention_factor}")
     if not output_fp8 and (output_quant_scale != 1.0 or v_quant_scale != 1.0):
         raise ValueError("output_quant_scale, v_quant_scale: expected output_fp8=True to go with them")
     heads, channels = (
@@ -103,8 +108,8 @@ def fused_qk_rmsnorm_rope(
     by_token = [out.view(-1, *out.shape[-2:]) for out in outs]
     rows = qkv.view(-1, qkv.shape[-1])
     _qk_norm_rope(
-        *by_token, rows, q_weight, k_weight, (ppf, pph, ppw), channels, eps, base, interleave, is_qk_norm,
-        1.0 / output_quant_scale, 1.0 / v_quant_scale,
+        *by_token, rows, q_weight, k_weight, (ppf, pph, ppw), channels, eps, base, (factor, low, high),
+        attention_factor, interleave, is_qk_norm, 1.0 / output_quant_scale, 1.0 / v_quant_scale,
     )  # fmt: skip
     return outs[0], outs[1], outs[2]
 

@@ -1,9 +1,14 @@
 """Norms on the CPU: against the oracle, laws, graphs, errors."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
 from flashtile import norm
+from flashtile.plan import encoding
+from flashtile.reference import rope as rope_reference
 from flashtile.testing import cases_norm as cases
 
 
@@ -40,6 +45,21 @@ def test_rmsnorm_silu(case: cases.NormCase) -> None:
 @pytest.mark.parametrize("case", cases.PATCH_CASES, ids=str)
 def test_qk_rmsnorm_rope(case: cases.PatchCase) -> None:
     cases.check_qk_rmsnorm_rope(case, "cpu")
+
+
+@pytest.mark.parametrize("factor", [4.0, 40.0])
+def test_yarn_frequencies_are_those_of_transformers(factor: float) -> None:
+    """With low and high where a pair turns 32 times and once in the old context, which is how models give them."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    how = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 4096}
+    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=2, head_dim=128, rope_parameters=how)
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    low, high = (64 * math.log(4096 / (2 * math.pi * turns), 1e4) for turns in (32, 1))
+    for frequencies in (rope_reference.yarn_frequencies, encoding.yarn_frequencies):
+        got = frequencies(128, 1e4, factor, math.floor(low), math.ceil(high))
+        torch.testing.assert_close(got.float(), expected, rtol=1e-5, atol=0.0)
 
 
 def test_norm_reads_the_unrounded_sum() -> None:
@@ -85,3 +105,22 @@ def test_residual_errors() -> None:
         norm.fused_add_rmsnorm(torch.ones(3, 8), torch.ones(3, 4), torch.ones(8))
     with pytest.raises(TypeError, match=r"residual: expected a torch.Tensor, got list"):
         norm.fused_add_rmsnorm(torch.ones(3, 8), [1.0], torch.ones(8))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 0.0}, r"factor: expected a positive number, got 0.0"),
+        ({"factor": math.nan}, r"factor: expected a positive number, got nan"),
+        ({"base": -1.0}, r"base: expected a positive number, got -1.0"),
+        ({"factor": 2.0, "attention_factor": -1.0}, r"attention_factor: expected a positive number, got -1.0"),
+        ({"factor": 2.0, "low": 3.0, "high": 1.0}, r"expected numbers of pairs with low <= high, got 3.0 and 1.0"),
+        ({"factor": 2.0, "high": math.inf}, r"expected numbers of pairs with low <= high, got 0.0 and inf"),
+        ({"attention_factor": 1.2}, r"attention_factor: expected 1.0 with factor=1.0 \(no YaRN\), got 1.2"),
+    ],
+)
+def test_yarn_errors(change: dict[str, Any], message: str) -> None:
+    sizes = {f"num_{x}_channels": n for x, n in (("frame", 4), ("height", 2), ("width", 2))}
+    sizes |= {"ppf": 1, "pph": 1, "ppw": 2, "num_heads_q": 1, "num_heads_k": 1, "num_heads_v": 1, "head_dim": 8}
+    with pytest.raises(ValueError, match=message):
+        norm.fused_qk_rmsnorm_rope(torch.ones(2, 24), torch.ones(8), torch.ones(8), **{**sizes, **change})

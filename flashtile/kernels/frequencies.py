@@ -21,6 +21,11 @@ def frequencies(
 
 
 @lru_cache(maxsize=64)
-def grid_frequencies(channels: tuple[int, ...], base: float, device: torch.device) -> Tensor:
-    """Radians per patch of each pair, [head_dim / 2] fp32, where each axis of a grid has its own leading channels."""
-    return torch.cat([frequencies(n, 1.0, base, None, device) for n in channels if n])
+def grid_frequencies(
+    channels: tuple[int, ...], base: float, yarn: tuple[float, float, float], device: torch.device
+) -> Tensor:
+    """Radians per patch of each pair, [head_dim / 2] fp32, where each axis of a grid has its own leading channels.
+
+    yarn: (factor, low, high), see plan/encoding.py; low and high count the pairs of an axis.
+    """
+    return torch.cat([encoding.yarn_frequencies(n, base, *yarn) for n in channels]).float().to(device)

@@ -38,7 +38,7 @@ def norm_and_turn(
 def qk_norm_rope_kernel(
     q_out_ptr, k_out_ptr, v_out_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, freqs_ptr,
     stride_q_out_token, stride_q_out_head, stride_k_out_token, stride_k_out_head, stride_v_out_token, stride_v_out_head,
-    stride_qkv_token, frames, rows, columns, eps, qk_factor, v_factor,
+    stride_qkv_token, frames, rows, columns, eps, attention_factor, qk_factor, v_factor,
     NUM_QO_HEADS: tl.constexpr, NUM_KEY_HEADS: tl.constexpr, NUM_VALUE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     FRAME_PAIRS: tl.constexpr, ROW_PAIRS: tl.constexpr, NORMALISE: tl.constexpr, INTERLEAVE: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_QO_HEADS: tl.constexpr, BLOCK_KEY_HEADS: tl.constexpr, BLOCK_VALUE_HEADS: tl.constexpr,
@@ -62,6 +62,7 @@ def qk_norm_rope_kernel(
         place = tl.where(pair < FRAME_PAIRS, frame, tl.where(pair < FRAME_PAIRS + ROW_PAIRS, patch_row, patch_column))
         freqs = tl.load(freqs_ptr + pair, mask=pair < HEAD_DIM // 2, other=0.0)
         cos, sin = cos_sin_of(place.to(tl.float32) * freqs)
+        cos, sin = cos * attention_factor, sin * attention_factor
         if part == 0:
             norm_and_turn(
                 q_out_ptr + token * stride_q_out_token * UNIT, x_ptr, q_weight_ptr, stride_q_out_head * UNIT, cos, sin,
@@ -86,24 +87,29 @@ def qk_norm_rope(
     channels: Sequence[int],
     eps: float,
     base: float,
+    yarn: Sequence[float],
+    attention_factor: float,
     interleave: bool,
     normalise: bool,
     qk_factor: float,
     v_factor: float,
 ) -> None:
     """Norm over all heads and rotation of q and k, copy of v, from qkv [num_tokens, all heads * head_dim] to outputs
-    [num_tokens, num_heads, head_dim]. Tokens run over grids of (frames, rows, columns), each axis with its channels."""
+    [num_tokens, num_heads, head_dim]. Tokens run over grids of (frames, rows, columns), each axis with its channels.
+    yarn: (factor, low, high) of `grid_frequencies`; attention_factor multiplies cos and sin."""
     if qkv.numel() == 0:
         return
     check_output_dtype(q_out)
     outs = (q_out, k_out, v_out)
     unit = alignment(*outs, qkv)
     head_dim = q_out.shape[2]
+    factor, low, high = yarn
+    freqs = grid_frequencies(tuple(channels), base, (factor, low, high), qkv.device)
     blocks = [triton.next_power_of_2(x.shape[1]) for x in outs]
     block_dim = 2 * triton.next_power_of_2(head_dim // 2)
     qk_norm_rope_kernel[(3 * qkv.shape[0],)](
-        *outs, qkv, q_weight, k_weight, grid_frequencies(tuple(channels), base, qkv.device),
-        *(s for x in outs for s in strides(x, unit)), qkv.stride(0) // unit, *grid, eps, qk_factor, v_factor,
+        *outs, qkv, q_weight, k_weight, freqs, *(s for x in outs for s in strides(x, unit)), qkv.stride(0) // unit,
+        *grid, eps, attention_factor, qk_factor, v_factor,
         NUM_QO_HEADS=q_out.shape[1], NUM_KEY_HEADS=k_out.shape[1], NUM_VALUE_HEADS=v_out.shape[1], HEAD_DIM=head_dim,
         FRAME_PAIRS=channels[0] // 2, ROW_PAIRS=channels[1] // 2, NORMALISE=normalise, INTERLEAVE=interleave, UNIT=unit,
         BLOCK_QO_HEADS=blocks[0], BLOCK_KEY_HEADS=blocks[1], BLOCK_VALUE_HEADS=blocks[2],
@@ -118,7 +124,7 @@ def compile_cases() -> Iterator[CompileCase]:
         qkv = torch.empty(4096, 3 * heads * head_dim, dtype=torch.bfloat16, device="meta")
         weight = torch.empty(heads * head_dim, dtype=torch.bfloat16, device="meta")
         channels = [head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)]
-        how = ([4, 32, 32], channels, 1e-6, 1e4, interleave, True, 1.0, 1.0)
+        how = ([4, 32, 32], channels, 1e-6, 1e4, [4.0, 2.0, 8.0], 1.1, interleave, True, 1.0, 1.0)
         launch = partial(qk_norm_rope, *outs, qkv, weight, weight, *how)
         capability = 80 if dtype == torch.bfloat16 else 90
         yield recorded(f"qk_norm_rope {heads} {dtype}", qk_norm_rope_kernel, launch, min_capability=capability)

@@ -45,6 +45,15 @@ def frequencies(rotary_dim: int, rope: Rope) -> Tensor:
     return torch.lerp(scaled, plain, ((turns - low) / (high - low)).clamp(0, 1))
 
 
+def yarn_frequencies(rotary_dim: int, theta: float, factor: float, low: float, high: float) -> Tensor:
+    """`frequencies` by YaRN (arXiv:2309.00071), [rotary_dim / 2] fp64: pairs up to low keep theirs, those from high on
+    are slowed by factor, those between are mixed linearly in the pair's index."""
+    plain = frequencies(rotary_dim, Rope(theta=theta))
+    pair = torch.arange(rotary_dim // 2, dtype=torch.float64)
+    ramp = ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)  # low = high: a step behind pair low
+    return torch.lerp(plain, plain / factor, ramp)
+
+
 def alibi_slopes(num_heads: int) -> Tensor:
     """The slope of each query head (ALiBi, arXiv:2108.12409), [num_heads] fp64.
 

@@ -31,6 +31,20 @@ def frequencies(
     return (1 - kept) * plain / rope_scale + kept * plain
 
 
+def yarn_frequencies(rotary_dim: int, rope_theta: float, factor: float, low: float, high: float) -> Tensor:
+    """YaRN's radians per token of each pair (arXiv:2309.00071), [rotary_dim / 2], fp64.
+
+    Pairs up to low keep their frequency, those from high on are slowed by factor, and between the two the share of the
+    slowed frequency grows linearly with the pair's index. The ramp is at least 0.001 pairs long: low = high is a step.
+    """
+    freqs = []
+    for i in range(rotary_dim // 2):
+        plain = rope_theta ** (-2 * i / rotary_dim)
+        slowed = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
+        freqs.append((1 - slowed) * plain + slowed * plain / factor)
+    return torch.tensor(freqs, dtype=torch.float64)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
     """x [nnz, num_heads, head_dim] turned by the angles whose cos and sin are given, [nnz, rotary_dim / 2]."""
     half = cos.shape[-1]

@@ -54,7 +54,9 @@ def _row_ops(device: str) -> dict[str, list[Args]]:
         "fused_add_rmsnorm": [(x, residual, weight, EPS, 0.0, False)],
         "fused_add_rmsnorm_quant": [(out, residual, x, weight, EPS, scale, 1.0, False)],
         "layernorm": [(out, x, weight, weight, EPS, scale, 1.0)],
-        "qk_norm_rope": [(*outs, qkv, weight, weight, [1, 2, 2], [4, 2, 2], EPS, 1e4, True, True, 1.0, 1.0)],
+        "qk_norm_rope": [
+            (*outs, qkv, weight, weight, [1, 2, 2], [4, 2, 2], EPS, 1e4, [2.0, 0.0, 1.0], 1.1, True, True, 1.0, 1.0)
+        ],
         "silu_and_mul": gated,
         "gelu_and_mul": gated,
         "gelu_tanh_and_mul": gated,

@@ -149,7 +149,8 @@ def check_rmsnorm_silu(case: NormCase, device: str) -> None:
 
 @dataclass(frozen=True)
 class PatchCase:
-    """grid: frames, rows and columns of patches; channels: of a head, for each; heads: of q, k and v."""
+    """grid: frames, rows and columns of patches; channels: of a head, for each; heads: of q, k and v; yarn: factor,
+    low and high."""
 
     grid: tuple[int, int, int]
     channels: tuple[int, int, int]
@@ -157,10 +158,14 @@ class PatchCase:
     interleave: bool = True
     dtype: torch.dtype = torch.float16
     batch_size: int = 2
+    yarn: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    attention_factor: float = 1.0
 
     def __str__(self) -> str:
-        parts = (("grid", self.grid), ("channels", self.channels), ("heads", self.heads))
-        words = [f"{word}={','.join(str(n) for n in ints)}" for word, ints in parts]
+        parts: dict[str, tuple[float, ...]] = {"grid": self.grid, "channels": self.channels, "heads": self.heads}
+        if any(self.yarn[1:]):
+            parts["yarn"] = (*self.yarn, self.attention_factor)
+        words = [f"{word}={','.join(str(n) for n in numbers)}" for word, numbers in parts.items()]
         return " ".join([*words, "interleave" if self.interleave else "halves", name(self.dtype)])
 
 
@@ -168,6 +173,11 @@ PATCH_CASES = (
     PatchCase((2, 3, 2), (8, 4, 4), (3, 3, 3)),
     PatchCase((1, 4, 3), (24, 20, 20), (2, 1, 1), interleave=False, dtype=torch.float32),
     PatchCase((3, 2, 2), (44, 42, 42), (5, 2, 2), batch_size=1),
+    PatchCase((3, 2, 5), (12, 20, 16), (2, 1, 1), yarn=(4.0, 1.0, 5.0), attention_factor=1.1386),
+    PatchCase((2, 4, 3), (16, 24, 24), (1, 2, 1), False, torch.float32, yarn=(8.0, -0.5, 20.25), attention_factor=0.75),
+    PatchCase((2, 3, 4), (8, 16, 8), (2, 2, 1), False, yarn=(2.5, 0.5, 0.5)),  # a step, and no attention_factor
+    PatchCase((4, 2, 3), (8, 0, 24), (1, 1, 1), True, torch.float32, yarn=(0.5, 0.0, 3.0), attention_factor=1.25),
+    PatchCase((2, 2, 2), (8, 4, 4), (1, 1, 1), yarn=(1.0, 1.0, 3.0)),  # off, whatever the ramp
 )
 
 
@@ -177,28 +187,29 @@ def check_qk_rmsnorm_rope(case: PatchCase, device: str) -> None:
     qkv = randn(case.batch_size, seq_len, sum(case.heads) * head_dim, dtype=case.dtype, device=device)
     weights = [randn(n * head_dim, dtype=case.dtype, device=device, seed=i) for i, n in enumerate(case.heads[:2], 1)]
     places = torch.cartesian_prod(*(torch.arange(n) for n in case.grid)).repeat(case.batch_size, 1)
-    freqs = [rope_reference.frequencies(n).float() for n in case.channels]
+    freqs = [rope_reference.yarn_frequencies(n, 1e4, *case.yarn).float() for n in case.channels]
     angles = torch.cat([places[:, i, None].float() * freqs[i] for i in range(3)], dim=-1).double().to(device)
+    cos, sin = (x * case.attention_factor for x in (angles.cos(), angles.sin()))
     parts = torch.split(qkv.flatten(0, 1).double(), [n * head_dim for n in case.heads], dim=-1)
     keys: dict[str, Any] = dict(
         zip(("num_frame_channels", "num_height_channels", "num_width_channels"), case.channels, strict=True)
     )
     keys |= dict(zip(("num_heads_q", "num_heads_k", "num_heads_v"), case.heads, strict=True))
     keys |= dict(zip(("ppf", "pph", "ppw"), case.grid, strict=True))
+    keys |= dict(zip(("factor", "low", "high"), case.yarn, strict=True))
+    keys |= {"attention_factor": case.attention_factor, "interleave": case.interleave}
     for is_qk_norm in (True, False):
         exact = []
         for x, num_heads, weight in zip(parts, case.heads, [*weights, None], strict=True):
             if weight is not None and is_qk_norm:
                 x = reference.rmsnorm(x, weight.double(), EPS)
             x = x.view(-1, num_heads, head_dim)
-            turned = rope_reference.rotate(x, angles.cos(), angles.sin(), case.interleave)
+            turned = rope_reference.rotate(x, cos, sin, case.interleave)
             exact.append(x if weight is None else turned)
-        got = norm.fused_qk_rmsnorm_rope(
-            qkv, *weights, **keys, head_dim=head_dim, eps=EPS, interleave=case.interleave, is_qk_norm=is_qk_norm
-        )
+        got = norm.fused_qk_rmsnorm_rope(qkv, *weights, **keys, head_dim=head_dim, eps=EPS, is_qk_norm=is_qk_norm)
         flat = norm.fused_qk_rmsnorm_rope(
-            qkv.flatten(0, 1), *weights, **keys, head_dim=head_dim, eps=EPS, interleave=case.interleave,
-            is_qk_norm=is_qk_norm, output_fp8=True, output_quant_scale=0.5, v_quant_scale=2.0,
+            qkv.flatten(0, 1), *weights, **keys, head_dim=head_dim, eps=EPS, is_qk_norm=is_qk_norm,
+            output_fp8=True, output_quant_scale=0.5, v_quant_scale=2.0,
         )  # fmt: skip
         for i, part in enumerate(("q", "k", "v")):
             assert got[i].shape == (case.batch_size, seq_len, case.heads[i], head_dim)

@@ -22,13 +22,16 @@ def qk_norm_rope(
     channels: Sequence[int],
     eps: float,
     base: float,
+    yarn: Sequence[float],
+    attention_factor: float,
     interleave: bool,
     normalise: bool,
     qk_factor: float,
     v_factor: float,
 ) -> None:
     """Norm over all heads and rotation of q and k, copy of v, from qkv [num_tokens, all heads * head_dim] to outputs
-    [num_tokens, num_heads, head_dim]. Tokens run over grids of (frames, rows, columns), each axis with its channels."""
+    [num_tokens, num_heads, head_dim]. Tokens run over grids of (frames, rows, columns), each axis with its channels.
+    yarn: (factor, low, high) of `grid_frequencies`; attention_factor multiplies cos and sin."""
     sizes = [x.shape[1] * x.shape[2] for x in (q_out, k_out, v_out)]
     q, k, v = (x.float() for x in qkv.split(sizes, dim=1))
     if normalise:
@@ -38,9 +41,11 @@ def qk_norm_rope(
     axes = (token // (rows * columns) % grid[0], token // columns % rows, token % columns)
     repeats = torch.tensor([n // 2 for n in channels])
     positions = torch.stack(axes, dim=1).float().repeat_interleave(repeats, dim=1)  # [num_tokens, head_dim / 2]
-    angles = positions * grid_frequencies(tuple(channels), base, qkv.device)
+    factor, low, high = yarn
+    angles = positions * grid_frequencies(tuple(channels), base, (factor, low, high), qkv.device)
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     q, k = q.view(q_out.shape).clone(), k.view(k_out.shape).clone()
-    rotate(q, k, q, k, angles.cos(), angles.sin(), interleave)
+    rotate(q, k, q, k, cos, sin, interleave)
     store(q_out, q, factor=qk_factor)
     store(k_out, k, factor=qk_factor)
     store(v_out, v.view(v_out.shape), factor=v_factor)
