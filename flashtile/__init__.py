@@ -8,6 +8,7 @@ from flashtile.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
 from flashtile.cascade import merge_state, merge_state_in_place, merge_states
 from flashtile.decode import BatchDecodeWithPagedKVCacheWrapper, single_decode_with_kv_cache
 from flashtile.gemm import SegmentGEMMWrapper, bmm_fp8
+from flashtile.key_transform import KeyTransform
 from flashtile.norm import (
     fused_add_rmsnorm,
     fused_add_rmsnorm_quant,
@@ -74,6 +75,7 @@ __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
+    "KeyTransform",
     "SegmentGEMMWrapper",
     "TopKTieBreak",
     "append_paged_kv_cache",

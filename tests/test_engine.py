@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-import flashtile
 from examples.engine import __main__ as command
 from examples.engine import cli, demo, perplexity
 from examples.engine.engine import Engine
-from examples.engine.key_transform import KeyTransform
 from examples.engine.kv_cache import KV_DTYPES, KVCache, PagePool
 from examples.engine.model import Llama
 from examples.engine.prompts import PROMPTS
@@ -362,33 +360,6 @@ def test_likelihood_of_a_text_is_near_that_of_transformers(kv_dtype: str, source
         got = perplexity.log_likelihood(engine, tokens) / len(tokens[1:])
         assert abs(got - expected) <= NEAR[kv_dtype], chunk
         assert engine.cache.pool.num_free == engine.cache.pool.num_pages
-
-
-def test_transformed_keys_leave_attention_as_it_is() -> None:
-    generator = torch.Generator().manual_seed(0)
-    k = torch.randn(50, 2, 24, generator=generator) * torch.logspace(-2, 1, 24) + 3 * torch.rand(2, 24)
-    k[..., 3] = 0.0  # a channel that is not used
-    q = torch.randn(50, 6, 24, generator=generator)
-    transform = KeyTransform.fit(k[:40], q[:40], groups=2)
-    before, after = (
-        torch.einsum("nhgd,mhd->hgnm", q.view(50, 2, 3, 24).double(), k.double())
-        for q, k in ((q, k), (transform.queries(q), transform.keys(k)))
-    )
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
-
-
-def test_transformed_keys_are_nearer_in_four_bits() -> None:
-    """Large channels, alike in all tokens, as in real models: the error of logits falls."""
-    generator = torch.Generator().manual_seed(0)
-    k = torch.randn(500, 1, 64, generator=generator)
-    k[..., ::16] += 20
-    q = torch.randn(500, 1, 64, generator=generator)
-    transform = KeyTransform.fit(k, q, groups=2)
-    errors = []
-    for queries, keys in ((q, k), (transform.queries(q), transform.keys(k))):
-        rounded = flashtile.dequantize_kv_int4(*flashtile.quantize_kv_int4(keys, 32))
-        errors.append((queries[:, 0] @ (rounded - keys)[:, 0].T).square().mean().sqrt().item())
-    assert errors[1] < 0.3 * errors[0]
 
 
 # ---- text ----

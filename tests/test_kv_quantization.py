@@ -59,3 +59,54 @@ def test_return_lse_form_of_single_prefill() -> None:
     out, lse = flashtile.single_prefill_with_kv_cache_return_lse(q, k, k, causal=True)
     assert torch.equal(out, flashtile.single_prefill_with_kv_cache(q, k, k, causal=True))
     assert lse.shape == (3, 4)
+
+
+def test_transformed_keys_leave_attention_as_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(50, 2, 24, generator=generator) * torch.logspace(-2, 1, 24) + 3 * torch.rand(2, 24)
+    k[..., 3] = 0.0  # a channel that is not used
+    q = torch.randn(50, 6, 24, generator=generator)
+    transform = flashtile.KeyTransform.fit(k[:40], q[:40], groups=2)
+    before, after = (
+        torch.einsum("nhgd,mhd->hgnm", q.view(50, 2, 3, 24).double(), k.double())
+        for q, k in ((q, k), (transform.queries(q), transform.keys(k)))
+    )
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_transformed_keys_are_nearer_in_four_bits() -> None:
+    """Large channels, alike in all tokens, as in real models: the error of logits falls."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(500, 1, 64, generator=generator)
+    k[..., ::16] += 20
+    q = torch.randn(500, 1, 64, generator=generator)
+    transform = flashtile.KeyTransform.fit(k, q, groups=2)
+    errors = []
+    for queries, keys in ((q, k), (transform.queries(q), transform.keys(k))):
+        rounded = flashtile.dequantize_kv_int4(*flashtile.quantize_kv_int4(keys, 32))
+        errors.append((queries[:, 0] @ (rounded - keys)[:, 0].T).square().mean().sqrt().item())
+    assert errors[1] < 0.3 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "queries", "groups", "message"),
+    [
+        ((9, 2, 24), (9, 6, 16), 2, "queries: expected"),
+        ((9, 2, 24), (9, 5, 24), 2, "queries: expected a multiple of num_kv_heads = 2, got 5 heads"),
+        ((9, 2, 24), (9, 6, 24), 5, "groups: expected a divisor of head_dim = 24, got 5"),
+        ((1, 2, 24), (9, 6, 24), 2, "keys: expected a sample of at least 2 tokens, got 1"),
+    ],
+)
+def test_samples_that_no_transform_fits(
+    keys: tuple[int, ...], queries: tuple[int, ...], groups: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        flashtile.KeyTransform.fit(torch.randn(keys), torch.randn(queries), groups)
+
+
+def test_a_transform_refuses_other_heads() -> None:
+    transform = flashtile.KeyTransform.fit(torch.randn(9, 2, 24), torch.randn(9, 6, 24), 2)
+    with pytest.raises(ValueError, match="k: expected"):
+        transform.keys(torch.randn(9, 3, 24))
+    with pytest.raises(ValueError, match="q: expected"):
+        transform.queries(torch.randn(9, 6, 32))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import flashtile
-from examples.engine.key_transform import KeyTransform
 from examples.engine.kv_cache import KVCache, Slots
 from examples.engine.model import Batch, Llama
 from examples.engine.scheduler import Request, Sampling, Scheduler
@@ -162,7 +161,7 @@ class Engine:
             self.scheduler.finish(request, "length")
 
 
-def sample_key_transforms(model: Llama) -> list[KeyTransform]:
+def sample_key_transforms(model: Llama) -> list[flashtile.KeyTransform]:
     """For an int4 cache, fitted to the keys and queries of random tokens: their large channels are those of any text,
     and an engine need not be given one. Equal models give equal transforms, whatever pages and chunks they have."""
     length = min(SAMPLE_TOKENS, model.context - 1)

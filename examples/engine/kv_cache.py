@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import flashtile
-from examples.engine.key_transform import KeyTransform
 
 # The names that --kv-dtype takes, beside "auto": that of the model.
 KV_DTYPES = {
@@ -105,7 +104,7 @@ class KVCache:
         width = head_dim // 2 if self.dtype == torch.uint8 else head_dim
         self.data = torch.empty(*rows, width, dtype=self.dtype, device=device)
         self.factors = torch.empty(*rows, num_factors, device=device) if num_factors else None
-        self.key_transforms: list[KeyTransform] | None = None  # of each layer; one that is missing is fitted
+        self.key_transforms: list[flashtile.KeyTransform] | None = None  # of each layer; one that is missing is fitted
 
     def __str__(self) -> str:
         size = f"{self.num_bytes / 2**20:.1f} MiB in {self.pool.num_pages} pages of {self.page_size}"
@@ -128,7 +127,7 @@ class KVCache:
         """
         if self.key_transforms is not None:
             if layer == len(self.key_transforms):
-                self.key_transforms.append(KeyTransform.fit(k, q, self._num_groups))
+                self.key_transforms.append(flashtile.KeyTransform.fit(k, q, self._num_groups))
             transform = self.key_transforms[layer]
             q, k = transform.queries(q), transform.keys(k)
         cache, factors = self.layer(layer)
