@@ -121,8 +121,8 @@ def choose(
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
     rows = work.max_qo_len * problem.group_size
     # Copying first moves each key and value four times. It pays where a rotation would else be repeated for every tile,
-    # or KV be gathered by rows, which costs a tenth and more (H100, 32/8 heads: 16 x 1024 tokens 278 us by rows; 8 x 2048
-    # 464 copied, 472 by rows; 1 x 16384 2939 and 3674)
+    # or KV be gathered by rows, which costs a tenth and more (H100, 32/8 heads: 16 x 1024 tokens 278 us by rows; 8 x
+    # 2048 464 copied, 472 by rows; 1 x 16384 2939 and 3674)
     copy = problem.rope is not None or (box_rows(problem.page_size, 128) == 0 and rows > 4096 and may_copy)
     served = replace(problem, rope=None, page_size=0) if copy else problem  # what the Hopper family would see
     refusal = hopper_refusal(served, capability(device))
