@@ -61,8 +61,7 @@ class Config:
             )
         if self.family == "hopper" and self.block_m not in (64, 128):
             raise ValueError(
-                f"block_m: the Hopper family has one or two consumers of 64 rows, got {self.block_m}; three would need "
-                "more registers than there are"
+                f"block_m: expected 64 or 128, one or two consumers of 64 rows of the Hopper family, got {self.block_m}"
             )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
@@ -265,7 +264,7 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
 
 def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     """Decode over caches of 8 and 4 bits: a step of 64 tokens is few bytes, so steps are longer (H100, 32/8 heads,
-    page 16, in us; benchmarks/results/h100_decode_narrow.jsonl)."""
+    page 16, in us; benchmarks/results/h100_decode_narrow.jsonl and, for several heads, h100_decode_variants.jsonl)."""
     row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0, overlap=True)
     few_tiles = w.batch_size * p.num_kv_heads <= 2 * sms
     if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
@@ -276,7 +275,8 @@ def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     # 560, but at 64 x 1k 46 and 39; int8 by 2 heads 200 / 748, alone 220 / 845, but of 32 KV heads 915 and 850
     int4 = formats == {"int4"}
     heads = 4 if int4 else 2
-    long, at_once = w.total_kv_len >= 8192 * sms // p.num_kv_heads, w.batch_size * p.num_kv_heads <= 2 * heads * sms
+    long = w.total_kv_len * p.num_kv_heads >= 8192 * sms
+    at_once = w.batch_size * p.num_kv_heads <= 2 * heads * sms
     if formats & {"int8", "int4"} and p.rope is None and p.num_kv_heads % heads == 0 and (long if int4 else at_once):
         return replace(row, block_n=64, ctas_per_sm=2, ways=4, heads=heads, raw=True)
     if int4:  # 64 x 4k tokens: 132; 64 tokens a step 182
@@ -440,6 +440,13 @@ class SamplingConfig:
         for name in ("chunk", "sample", "slot_tile", "accept_tile"):
             if (value := getattr(self, name)) < 128 or value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two from 128, got {value}")
+        if self.row_warps < 4 or self.row_warps & (self.row_warps - 1):
+            raise ValueError(f"row_warps: expected a power of two from 4, got {self.row_warps}")
+        if self.row < 0 or not 32 <= self.row_registers <= 255:
+            raise ValueError(
+                "row, row_registers: expected entries from 0 and registers from 32 to 255, "
+                f"got {self.row} and {self.row_registers}"
+            )
         if self.guess_pivots < 1 or self.guess_pivots & (self.guess_pivots - 1):
             raise ValueError(f"guess_pivots: expected a power of two, got {self.guess_pivots}")
         if self.slots % 4 or not 8 <= self.slots <= self.chunk:

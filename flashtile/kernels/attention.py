@@ -778,6 +778,10 @@ def compile_cases() -> list[CompileCase]:
             *[_case(f"decode.rope.page{n}.b{b}", sm, half, 1, page_size=n, rope=Rope(), batch_size=b)
               for n in (1, 16) for b in (8, 64)],
             *[_case(f"decode.rope.long.page{n}", sm, half, 1, kv_len=8192, page_size=n, rope=Rope()) for n in (1, 16)],
+            _case("decode.rope.long.e5m2.head", sm, half, 1, _scales("head"), kv_len=8192, page_size=16, rope=Rope(),
+                  kv_dtype=torch.float8_e5m2),
+            _case("decode.rope.long.int4.zero", sm, half, 1, _scales("zero"), kv_len=8192, page_size=16, rope=Rope(),
+                  kv_dtype=torch.uint8),
             *[_case(f"decode.rope.dim{d}", sm, half, 1, page_size=16, rope=Rope(), head_dim_qk=d, head_dim_vo=d)
               for d in (80, 256, 512)],
             _case("decode.rope.fp32", sm, full, 1, page_size=16, rope=Rope()),

@@ -45,6 +45,20 @@ def test_portable(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> Non
     run(case, dtype, kv_chunk)
 
 
+LONG = AttentionCase("long", kv_lens=(20_000, 15_000), heads=(32, 8), head_dim=128, page_size=16)
+
+
+@pytest.mark.parametrize(
+    "case", [LONG, replace(LONG, name="long.page1", page_size=1), replace(LONG, name="long.rope", rope=Rope())], ids=str
+)
+def test_longer_steps(case: AttentionCase) -> None:
+    """Few tiles that walk long KV, as config.py serves them."""
+    work = Workload(2, 2, 1, sum(case.kv_lens), max(case.kv_lens))
+    config = portable(problem_of(case, torch.bfloat16), work, capability(torch.device("cuda")))
+    assert capability(torch.device("cuda")) < (9, 0) or config.block_n == 128
+    run(case, torch.bfloat16, 0)
+
+
 NARROW = [
     replace(c, heads=(8, 4))
     for c in CASES

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashtile.config import Config, portable
+from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Workload
 from flashtile.testing.cases_attention import (
     CASES,
@@ -77,6 +78,19 @@ WAYS = [(case, heads) for case in CASES if in_one_tile(case) for heads in (1, 2)
 def test_portable_ways(case: AttentionCase, heads: int) -> None:
     """Warps with keys, and heads, of their own."""
     check(case, torch.float16, 64, num_warps=4, ways=4, heads=heads)
+
+
+LONG_STEPS = [
+    AttentionCase("long", kv_lens=(300, 1, 513), heads=(4, 2), head_dim=64, page_size=16),
+    AttentionCase("long.rope", kv_lens=(300, 1, 513), heads=(4, 2), head_dim=64, page_size=1, rope=Rope()),
+]
+
+
+@pytest.mark.parametrize("kv_chunk", [0, 256])
+@pytest.mark.parametrize("case", LONG_STEPS, ids=str)
+def test_portable_long_steps(case: AttentionCase, kv_chunk: int) -> None:
+    """128 keys a step, as where few tiles walk long KV."""
+    check(case, torch.float16, kv_chunk, block_n=128, num_warps=8 if case.rope else 4, num_stages=5)
 
 
 INTEGERS = [c for c in CASES if {"int8", "int4"} & {c.k_cache, c.v_cache}]
