@@ -4,12 +4,33 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from flashtile.config import SamplingConfig
+from flashtile.kernels.sampling.guess import key_of, value_of
 from flashtile.testing import cases_sampling as cases
 from flashtile.testing.cases_sampling import SamplingCase
 
 pytestmark = pytest.mark.usefixtures("triton_on_cpu")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _keys_kernel(keys_ptr, values_ptr, x_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    offs = tl.arange(0, SIZE)
+    keys = key_of(tl.load(x_ptr + offs))
+    tl.store(keys_ptr + offs, keys)
+    tl.store(values_ptr + offs, value_of(keys))
+
+
+def test_keys_have_the_order_of_floats() -> None:
+    """Equal floats have equal keys, zeros of both signs too: or a search by key may never end."""
+    x = torch.tensor([-torch.inf, -2.5, -1e-38, -1e-45, -0.0, 0.0, 1e-45, torch.inf])
+    keys, values = torch.empty(8, dtype=torch.int32), torch.empty(8)
+    _keys_kernel[(1,)](keys, values, x, SIZE=8)
+    assert torch.equal(values, x)
+    assert torch.equal(keys.diff() > 0, x.diff() > 0)
+    assert keys[3:7].tolist() == [-1, 0, 0, 1]
 
 
 @pytest.mark.parametrize("case", cases.SMALL_CASES, ids=str)

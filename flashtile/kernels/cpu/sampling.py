@@ -86,8 +86,7 @@ def mask_logits(out: Tensor, logits: Tensor, top_k: Tensor | None, top_k_value: 
     """out = logits [rows, vocab], fp32, with -inf below the k-th largest of the row."""
     x = logits.float()
     keep_from = _threshold(x, _part(top_k, slice(0, len(x)), top_k_value), torch.ones(1, 1), joint=False)
-    greatest = x.masked_fill(x.isnan(), -torch.inf).amax(-1, keepdim=True)  # k or more NaN: this one is kept with them
-    out.copy_(x.masked_fill(x < torch.where(keep_from.isnan(), greatest, keep_from), -torch.inf))
+    out.copy_(x.masked_fill(x < keep_from.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf), -torch.inf))
 
 
 def chain_speculative(

@@ -21,22 +21,23 @@ NO_LIMIT = 2**31 - 1  # top_k that is off
 _RUN = tl.constexpr(RUN)
 _GRAIN = tl.constexpr(GRAIN)
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
-_LOWEST = tl.constexpr(-0x7F800001 >> GRAIN)  # -inf
+_LOWEST = tl.constexpr(-0x7F800000 >> GRAIN)  # -inf
 _HIGHEST = tl.constexpr(0x7F800000 >> GRAIN)  # inf
 
 
 @triton.jit
 def key_of(x):
-    """int32 in the order of the floats x."""
+    """int32 in the order of the floats x; 0 for both zeros, so that equal floats have equal keys."""
     bits = tl.cast(x, tl.float32).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
 def value_of(key):
     """The float of a key."""
     key = tl.cast(key, tl.int32)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    magnitude = tl.abs(key).to(tl.float32, bitcast=True)
+    return tl.where(key < 0, -magnitude, magnitude)
 
 
 @triton.jit

@@ -85,9 +85,11 @@ class Filters:
 
 @triton.jit
 def load_fours(row_ptr, chunk, length, MASS: tl.constexpr, CHUNK: tl.constexpr):
-    """Entries of a chunk as [CHUNK / 4, 4], fp32: each four in one thread. Past the row's end: 0; -inf without MASS."""
+    """Entries of a chunk as [CHUNK / 4, 4], fp32: each four in one thread. Past the row's end: 0; -inf without MASS,
+    and then NaN is inf."""
     offs = chunk * CHUNK + tl.arange(0, CHUNK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    return tl.load(row_ptr + offs, mask=offs < length, other=0.0 if MASS else -float("inf")).to(tl.float32)
+    x = tl.load(row_ptr + offs, mask=offs < length, other=0.0 if MASS else -float("inf")).to(tl.float32)
+    return x if MASS else tl.where(x != x, float("inf"), x)
 
 
 @triton.jit
@@ -171,11 +173,12 @@ def tile_of_slots(
 
 @triton.jit
 def tile_of_row(row_ptr, length, MASS: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """All chunks of a row [NUM_CHUNKS, CHUNK / 4, 4], fp32. Past its end: -inf. With MASS, negative entries are 0."""
+    """All chunks of a row [NUM_CHUNKS, CHUNK / 4, 4], fp32. Past its end: -inf. With MASS, negative entries are 0;
+    without, NaN is inf."""
     chunk = tl.arange(0, NUM_CHUNKS)[:, None, None]
     offs = chunk * CHUNK + 4 * tl.arange(0, CHUNK // 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
     x = tl.load(row_ptr + offs, mask=offs < length, other=-float("inf")).to(tl.float32)
-    return tl.where(x < 0, 0.0, x) if MASS else x
+    return tl.where(x < 0, 0.0, x) if MASS else tl.where(x != x, float("inf"), x)
 
 
 @triton.jit
