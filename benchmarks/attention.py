@@ -78,7 +78,7 @@ def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with
 def decode(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
     """One token per request over a page table; the cache in bf16 or fp8."""
     q = _values((case.batch_size, case.num_qo_heads, case.head_dim), torch.bfloat16, device)
-    wrapper = public("BatchDecodeWithPagedKVCacheWrapper")(_workspace(device), "NHD")
+    wrapper = public("BatchDecodeWithPagedKVCacheWrapper")(_workspace(device), case.layout.upper())
     tables = _page_tables(case, device)
     sizes = (case.num_qo_heads, case.num_kv_heads, case.head_dim, case.page_size)
     dtypes = {"q_data_type": q.dtype, "kv_data_type": DTYPES[case.kv_dtype]}
@@ -103,9 +103,10 @@ def _dense_cache_rivals(case: AttentionBench, q: Tensor) -> dict[str, Call]:
 
 
 def _paged_cache(case: AttentionBench, num_pages: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """K and V, each [num_pages, page_size, heads, dim], halves of one [num_pages, 2, ...] tensor."""
+    """K and V in the case's layout, halves of one [num_pages, 2, ...] tensor."""
     width = case.head_dim // 2 if case.kv_dtype == "int4" else case.head_dim
-    shape = (num_pages, 2, case.page_size, case.num_kv_heads, width)
+    rows = (case.page_size, case.num_kv_heads)
+    shape = (num_pages, 2, *(rows if case.layout == "nhd" else rows[::-1]), width)
     cache = _values(shape, DTYPES[case.kv_dtype], device)
     return cache[:, 0], cache[:, 1]
 

@@ -26,7 +26,8 @@ class AttentionBench:
 
     All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16", "fp8" (e4m3), "int8" or
     "int4"; the latter two with a scale per token and head. encoding: "none", or "rope" or "alibi" inside attention.
-    head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30), "window" (the last 1024 keys) or "sinks".
+    head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30), "window" (the last 1024 keys) or "sinks". layout: of the
+    cache and of its scales.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AttentionBench:
     head_dim: int = HEAD_DIM
     head_dim_vo: int = 0
     variant: str = ""
+    layout: str = "nhd"
 
     @property
     def dim_vo(self) -> int:
@@ -228,13 +230,14 @@ _DIMS = r"(?:\.d(?P<head_dim>\d+)(?:/(?P<head_dim_vo>\d+))?)?"
 _VARIANT = r"(?:\.(?P<variant>cap|window|sinks))?"
 _ELEMENTWISE = r"rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv(?:_fp8|_int8|_int4)?"
 _KV = r"(?P<kv_dtype>bf16|fp8|int8|int4)"
+_LAYOUT = r"(?:\.(?P<layout>hnd))?"
 # area -> the class of its cases and the form of their names; a group is named for the field that it fills
 _FORMS: dict[str, tuple[type[BenchCase], str]] = {
     "prefill": (AttentionBench, rf"{_SELF}{_DIMS}{_VARIANT}{_ENCODING}"),
     "ragged": (RaggedBench, rf"(?P<kind>prefill|mixed|uniform)\.{_BATCH}\.{_HEADS}\.(?P<mask>causal)"),
     "paged": (AttentionBench, rf"{_SELF}\.{_PAGE}{_ENCODING}"),
     "append": (AttentionBench, rf"{_BATCH}\.q(?P<qo_len>\d+)\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_PAGE}{_ENCODING}"),
-    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_KV}\.{_PAGE}{_ENCODING}"),
+    "decode": (AttentionBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.{_HEADS}\.{_KV}\.{_PAGE}{_LAYOUT}{_ENCODING}"),
     "mla": (MlaBench, rf"{_BATCH}\.kv(?P<kv_len>\d+)\.h(?P<num_heads>\d+)\.{_PAGE}"),
     "elem": (ElementwiseBench, rf"(?P<op>{_ELEMENTWISE})\.t(?P<num_tokens>\d+)"),
     "sample": (SamplingBench, rf"(?P<op>sample|top_p|top_k_top_p\.(joint|first))\.{_BATCH}\.v(?P<vocab_size>\d+)"),
@@ -263,6 +266,11 @@ DECODE_NAMES = (
         for batch_size, kv_len in ((1, 16384), (16, 4096), (64, 1024), (64, 4096), (64, 16384))
         for heads in ("32/8", "32/32")
         for kv_dtype in ("int8", "int4")
+    ),
+    *(
+        f"decode/b{batch_size}.kv{kv_len}.h32/8.{kv_dtype}.page16.hnd"
+        for batch_size, kv_len in ((16, 4096), (64, 4096), (64, 16384), (256, 1024))
+        for kv_dtype in ("bf16", "fp8", "int8", "int4")
     ),
     *(f"decode/b64.kv4096.h32/8.bf16.page{page_size}" for page_size in (3, 64, 256)),
     "decode/b1.kv131072.h32/8.bf16.page16",

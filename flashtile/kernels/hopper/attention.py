@@ -194,6 +194,13 @@ def is_aligned(plan: Plan) -> bool:
     return not np.any((lengths.kv_len - np.diff(lengths.qo_indptr)) % c.block_n)
 
 
+def has_tails(plan: Plan) -> bool:
+    """Whether the last tile of some request has rows for the first of its two consumers only."""
+    c = plan.config
+    rest = np.diff(plan.lengths.qo_indptr) * c.pack % c.block_m
+    return c.block_m == 128 and bool(np.any((rest > 0) & (rest <= 64)))
+
+
 class Setup:
     """What a plan's launches share, whatever the tensors: the kernel variants it may need, and the grid."""
 
@@ -238,7 +245,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
     return Spec(
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n),
-        left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned,
+        left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned, tails=has_tails(plan),
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
     )  # fmt: skip
 
@@ -360,17 +367,18 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 def compile_cases() -> Iterator[CompileCase]:
     """Every head dim; ragged KV, paged by TMA and gathered; packed rows, split tiles, the variants."""
     causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True)
-    gathered = replace(causal, paged=True, gather=True, box=1, aligned=False)
+    gathered = replace(causal, paged=True, gather=True, box=1, aligned=False, tails=True)
     rows = replace(gathered, box=0, left=True, soft_cap=True, sinks=True, split=True)
     specs = {
         "causal": causal,
+        "causal.tails": replace(causal, tails=True),
         "full": replace(causal, right=False),
-        "paged": replace(causal, paged=True, box=16, aligned=False),
+        "paged": replace(causal, paged=True, box=16, aligned=False, tails=True),
         "page1": gathered,
         "page3.all": rows,
         "page3.packed": replace(rows, soft_cap=False, packed=True, q_tma=False, o_tma=False),
         "page1.dim192x128": replace(gathered, d_qk=192),
-        "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False),
+        "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False, tails=True),
         "packed.stages3": replace(
             causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False
         ),
@@ -379,7 +387,9 @@ def compile_cases() -> Iterator[CompileCase]:
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
         "dim192x128": replace(causal, d_qk=192),
+        "dim192x128.tails": replace(causal, d_qk=192, aligned=False, tails=True),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
+        "dim256.tails": replace(causal, d_qk=256, d_vo=256, block_n=64, aligned=False, tails=True),
     }
     for name, spec in specs.items():
         spec = fit(spec)

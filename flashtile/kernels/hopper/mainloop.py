@@ -124,12 +124,14 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
 
     Returns:
         last: the tile's last KV block; blocks: how many it has; full, left: blocks from `full` on, or before `left`,
-        hold keys that some row must not see; high, low: each row sees keys low <= key < high, [64].
+        hold keys that some row must not see; high, low: each row sees keys low <= key < high, [64]; idle: all of these
+        rows lie beyond the request.
     """
     window_left, window_reach, pack = window
     kv_end = tiles.read(ring, count, tiles.KV_END)
     first, last = tiles.block_range(tiles.read(ring, count, tiles.KV_BEGIN), kv_end, C)
-    offset = tiles.read(ring, count, tiles.KV_LEN) - tiles.read(ring, count, tiles.QO_LEN)
+    qo_len = tiles.read(ring, count, tiles.QO_LEN)
+    offset = tiles.read(ring, count, tiles.KV_LEN) - qo_len
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
     position = tiles.token_of(row_begin + gl.arange(0, ROWS, layout=row_layout()), pack, C) + offset
     high = gl.zeros_like(position) + kv_end
@@ -143,7 +145,8 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
         low = position - window_left
         highest = tiles.token_of(row_begin + ROWS - 1, pack, C) + offset - window_left
         left = (gl.maximum(highest, 0) + C.block_n - 1) // C.block_n
-    return last, last - first + 1, gl.maximum(lowest, 0) // C.block_n, left, high, low
+    idle = tiles.token_of(row_begin, pack, C) >= qo_len
+    return last, last - first + 1, gl.maximum(lowest, 0) // C.block_n, left, high, low, idle
 
 
 @gluon.jit
@@ -161,7 +164,7 @@ def mask(s, n, high, low, C: gl.constexpr):
 @gluon.jit
 def first_softmax(s, tile, scales, dtype: gl.constexpr, HALF: gl.constexpr, C: gl.constexpr):
     """P (both halves), m and l after the first block of a tile."""
-    last, blocks, full, left, high, low = tile
+    last, blocks, full, left, high, low, idle = tile
     c, cap_scale = scales
     s = to_logits(s, cap_scale, C)
     if (last >= full) | (last < left):
@@ -198,7 +201,7 @@ def step(
 
     HALF: P's right half is empty.
     """
-    last, blocks, full, left, high, low = tile
+    last, blocks, full, left, high, low, idle = tile
     c, cap_scale = scales
     dtype: gl.constexpr = p_left.dtype
     visible(bars[2], it + 1, C)
@@ -227,6 +230,17 @@ def step(
     acc = rescale(acc, alpha)
     l += sum_own(pb)
     return acc, pack_p(pa, dtype), pack_p(pb, dtype), m_new, l
+
+
+@gluon.jit
+def pass_over(it, bars, W: gl.constexpr, C: gl.constexpr):
+    """A step that computes nothing."""
+    wait_full(bars[2], it + 1, C.stages)
+    take_turn(W, C)
+    pass_turn(W, C)
+    named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
+    wait_full(bars[3], it, C.stages)
+    named_arrive(V_EMPTY + it % C.stages, threads(C))
 
 
 @gluon.jit
@@ -262,7 +276,7 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
     acc = zeros(C)
 
     while head >= 0:
-        last, blocks, full, left, high, low = tile
+        last, blocks, full, left, high, low, idle = tile
         q = stage(q_bufs, count % C.q_slots * C.consumers + W)
         begin = gl.to_tensor(1)
         if HALF:
@@ -272,6 +286,12 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
                 )
                 it += 1
             begin = gl.to_tensor(2)
+        if C.tails and W > 0:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if idle:  # the tile of a decode row, or a request's last one: all tensor cores are the other consumer's
+                for _ in range(1, blocks):
+                    pass_over(it, bars, W, C)
+                    it += 1
+                begin = blocks
         for j in range(begin, blocks):
             acc, p_left, p_right, m, l = step(
                 it, last - j, q, p_left, p_right, acc, m, l, tile, smem, bars, count, scales, False, W, C

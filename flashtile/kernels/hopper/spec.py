@@ -41,6 +41,7 @@ class Spec:
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
+    tails: the last rows of some request are those of consumer 0 alone.
     """
 
     d_qk: int
@@ -58,6 +59,7 @@ class Spec:
     left: bool = False
     right: bool = False
     aligned: bool = False
+    tails: bool = False
     soft_cap: bool = False
     sinks: bool = False
     split: bool = False
