@@ -25,7 +25,7 @@ class Config:
         CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
-    section_tiles: see Tiling.
+    section_tiles, pack_decode: see Tiling.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result.
     """
@@ -51,6 +51,7 @@ class Config:
     has_e4m3: bool = True  # the GPU converts e4m3 to fp16
     has_wgmma: bool = True  # tiles of 64 rows are multiplied by wgmma
     section_tiles: int = 0
+    pack_decode: bool = False
     copy_first: bool = False
 
     def __post_init__(self) -> None:
@@ -84,6 +85,7 @@ class Config:
             kv_chunk=self.kv_chunk,
             split=self.split,
             section_tiles=self.section_tiles,
+            pack_decode=self.pack_decode,
             persistent=self.family == "hopper",
         )
 
@@ -183,6 +185,7 @@ def hopper(p: Problem, w: Workload) -> Config:
         "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=group // pack,
         section_tiles=max(section, 1) if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
         overlap=True,
+        pack_decode=pack == 1 < group <= 64 and p.head_dim_qk != 192,  # gathering rows of 192, it would spill
     )  # fmt: skip
 
 

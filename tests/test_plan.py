@@ -108,12 +108,21 @@ def test_long_causal_prefill_is_not_cut() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(LENGTHS, st.sampled_from([1, 8, 132]), st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 64]))
-def test_each_tile_has_one_turn(lengths, capacity, heads_per_item, section_tiles) -> None:  # type: ignore[no-untyped-def]
-    tiling = Tiling(64, 64, 1, 4, heads_per_item, capacity, section_tiles=section_tiles, persistent=True)
-    _, items, _ = worklist(lengths, tiling, -1, 0)
-    turns = take_turns(items["kv_end"] - items["kv_begin"], tiling)
-    assert sorted(turns[turns >= 0]) == list(range(len(items["request"]) * heads_per_item))
+@given(LENGTHS, st.sampled_from([1, 8, 132]), st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 64]), st.booleans())
+def test_each_tile_has_one_turn(lengths, capacity, heads_per_item, section_tiles, pack_decode) -> None:  # type: ignore[no-untyped-def]
+    tiling = Tiling(
+        64, 64, 1, 4, heads_per_item, capacity,
+        section_tiles=section_tiles, persistent=True, pack_decode=pack_decode,
+    )  # fmt: skip
+    work, items, _ = worklist(lengths, tiling, -1, 0)
+    turns = take_turns(work.items, tiling)
+    heads = range(heads_per_item)
+    tiles = [
+        entry * heads_per_item + head
+        for entry, qo_len in enumerate(items["qo_len"])
+        for head in (heads[:1] if pack_decode and qo_len == 1 else heads)
+    ]
+    assert sorted(turns[turns >= 0]) == tiles
     for cta in turns.T:
         taken = np.flatnonzero(cta >= 0)
         assert list(taken) == list(range(len(taken))), "a CTA takes its tiles without a pause"
@@ -126,7 +135,7 @@ def test_turns_are_balanced(length: int, causal: bool) -> None:
     tiling = Tiling(128, 128, 1, 32, 4, 132, split_cost=4.0, section_tiles=512 if causal else 1, persistent=True)
     work, items, _ = worklist([(length, length)] * (16384 // length), tiling, -1, 0 if causal else -1)
     steps = -(-(items["kv_end"] - items["kv_begin"]) // 128)
-    turns = take_turns(items["kv_end"] - items["kv_begin"], tiling)
+    turns = take_turns(work.items, tiling)
     done = np.where(turns >= 0, np.repeat(steps, 4)[turns], 0).sum(0)
     whole = causal or length < 8192  # tiles so short that cutting the last ones would not pay
     assert done.max() <= (1.032 if whole and not causal else 1.012) * done.mean()

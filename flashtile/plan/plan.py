@@ -13,7 +13,6 @@ from flashtile.plan.encoding import alibi_slopes, frequencies
 from flashtile.plan.moves import MOVE_STRIDE, Moves, make_moves, moved_bytes
 from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import (
-    ITEM_FIELDS,
     ITEM_STRIDE,
     MERGE_FIELDS,
     MERGE_STRIDE,
@@ -117,8 +116,7 @@ def make_plan(
     )
     turns = np.empty((0, 0), dtype=np.int32)
     if tiling.persistent:
-        lengths_of = work.items[:, ITEM_FIELDS.index("kv_end")] - work.items[:, ITEM_FIELDS.index("kv_begin")]
-        turns = take_turns(lengths_of.astype(np.int64), tiling)
+        turns = take_turns(work.items, tiling)
     # the table first, filled up to 16 bytes: then items start at such a multiple in every plan
     host = [position_table(problem).view(np.int32), work.items, work.merges, turns]
     table, items, merges, turns_there = upload(host, device)

@@ -43,6 +43,8 @@ class Tiling:
     persistent: one CTA takes many items, by turns that the plan lays down (take_turns).
     section_tiles: the list is made of sections of about so many tiles, of whole requests, each longest first (0: one
         section).
+    pack_decode: of a request of one query token, an entry's first tile holds the rows of all its heads, and the others
+        are left out; heads_per_item is the group's heads then.
     """
 
     block_m: int
@@ -56,6 +58,7 @@ class Tiling:
     kv_chunk: int = 0
     split: bool = True
     section_tiles: int = 0
+    pack_decode: bool = False
     persistent: bool = False
 
 
@@ -162,7 +165,7 @@ def choose_cuts(lengths: Ints, tiling: Tiling) -> Ints:
     return cuts
 
 
-def take_turns(lengths: Ints, tiling: Tiling) -> NDArray[np.int32]:
+def take_turns(items: NDArray[np.int32], tiling: Tiling) -> NDArray[np.int32]:
     """Which tile each CTA of a persistent grid takes in each round: [rounds + 3, ctas] int32, -1 for none.
 
     A round hands out the next tiles of the list, back and forth over the CTAs. Where that leaves a CTA with more than
@@ -171,10 +174,16 @@ def take_turns(lengths: Ints, tiling: Tiling) -> NDArray[np.int32]:
     rounds are empty: the loader reads ahead.
 
     Args:
-        lengths: KV tokens of each entry of the list, which stands for heads_per_item tiles.
+        items: the list [num_items, ITEM_STRIDE]; each entry stands for heads_per_item tiles.
     """
-    cost = -(-lengths // tiling.block_n) + tiling.item_cost
-    steps = np.repeat(cost, tiling.heads_per_item)
+    qo_len, begin, end = (
+        items[:, ITEM_FIELDS.index(name)].astype(np.int64) for name in ("qo_len", "kv_begin", "kv_end")
+    )
+    cost = -(-(end - begin) // tiling.block_n) + tiling.item_cost
+    tile = np.arange(len(items) * tiling.heads_per_item)
+    if tiling.pack_decode:
+        tile = tile[(np.repeat(qo_len, tiling.heads_per_item) != 1) | (tile % tiling.heads_per_item == 0)]
+    steps = cost[tile // tiling.heads_per_item]
     ctas = max(min(tiling.capacity, len(steps)), 1)
     rounds = -(-len(steps) // ctas)
     turns = np.full((rounds + 3, ctas), -1, dtype=np.int32)
@@ -192,7 +201,7 @@ def take_turns(lengths: Ints, tiling: Tiling) -> NDArray[np.int32]:
             turns[r] = -1
             turns[r, least] = tiles[longest]
             done[least] += steps[tiles[longest]]
-    return turns
+    return np.append(tile, -1)[turns].astype(np.int32)
 
 
 def make_worklist(

@@ -27,7 +27,21 @@ pytestmark = pytest.mark.skipif(
 _RAGGED = AttentionCase("ragged", kv_lens=(700, 130, 1), qo_lens=(300, 130, 1), heads=(4, 2), head_dim=128, page_size=0)
 _PAGED = replace(_RAGGED, name="paged", page_size=16)
 _ALIGNED = replace(_RAGGED, name="aligned", kv_lens=(384, 256, 200), qo_lens=(384, 128, 200))
+# prefill beside decode rows, whose tiles hold all heads of a group
+_MIXED = replace(_PAGED, name="mixed", kv_lens=(700, 900, 130, 257, 1, 0), qo_lens=(300, 1, 130, 1, 1, 1), heads=(8, 2))
 LONG_CASES = [
+    _MIXED,
+    replace(_MIXED, name="mixed.page1", page_size=1),
+    replace(_MIXED, name="mixed.ragged", page_size=0),
+    replace(_MIXED, name="mixed.not_causal", causal=False),
+    replace(_MIXED, name="mixed.window", window_left=100),
+    replace(_MIXED, name="mixed.soft_cap", logits_soft_cap=20.0),
+    replace(_MIXED, name="mixed.sinks", sinks=True),
+    replace(_MIXED, name="mixed.strided", strided=True),
+    replace(_MIXED, name="mixed.aligned", kv_lens=(384, 129, 1, 513), qo_lens=(384, 1, 1, 1), page_size=0),
+    replace(_MIXED, name="mixed.group3", heads=(6, 2)),
+    replace(_MIXED, name="mixed.group32", heads=(32, 1)),
+    *[replace(_MIXED, name=f"mixed.dim{d}", head_dim=d) for d in (64, 96, 256)],
     _ALIGNED,
     replace(_ALIGNED, name="aligned.not_causal", causal=False),
     replace(_ALIGNED, name="aligned.dim64", head_dim=64),
@@ -188,7 +202,9 @@ def test_gathered(case: AttentionCase, forced: dict[str, object]) -> None:
     check(case, torch.bfloat16, **forced)
 
 
-@pytest.mark.parametrize("name", ["aligned", "ragged", "paged.page1", "paged.append", "paged.append.page1"])
+@pytest.mark.parametrize(
+    "name", ["aligned", "ragged", "mixed", "mixed.page1", "paged.page1", "paged.append", "paged.append.page1"]
+)
 def test_same_bits_100_times(name: str) -> None:
     case = next(c for c in LONG_CASES if c.name == name)
     x = make_inputs(case, torch.bfloat16, "cuda")
@@ -210,6 +226,28 @@ def test_scales_in_tensors(case: AttentionCase) -> None:
     tensors = run_case(x, wrapper)
     torch.testing.assert_close(tensors[0], numbers[0], atol=4e-2, rtol=2e-2)
     torch.testing.assert_close(tensors[1], numbers[1], atol=1e-3, rtol=1e-3)
+
+
+def test_decode_rows_share_a_tile_however_q_is_laid_out() -> None:
+    """By TMA where heads are a whole number of rows apart, else by copies of rows: the same bits; and those of a plan
+    whose tiles hold one head each, but for the order of sums."""
+    x = make_inputs(_MIXED, torch.bfloat16, "cuda")
+    config = config_of(_MIXED, torch.bfloat16)
+    assert config.pack_decode
+    wrapper = make_wrapper(x, "cuda", config=config)
+    first = run_case(x, wrapper)
+    apart = run_case(x, make_wrapper(x, "cuda", config=replace(config, pack_decode=False)))
+    torch.testing.assert_close(first[0], apart[0], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(first[1], apart[1], atol=1e-3, rtol=1e-3)
+    tokens, heads, dim = x.q.shape
+    q = x.q
+    for width in (heads * dim + 2 * dim, heads * dim + 8):  # heads of another tensor beside; no whole number of heads
+        wide = torch.full((tokens, width), float("nan"), dtype=q.dtype, device="cuda")
+        wide[:, : heads * dim] = q.flatten(1)
+        x.q = wide[:, : heads * dim].view(tokens, heads, dim)
+        again = run_case(x, wrapper)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
 
 
 @pytest.mark.parametrize("sm_scale", [0.0, -0.2])

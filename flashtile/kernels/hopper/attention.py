@@ -66,15 +66,16 @@ WIDE = ("stride_on", "stride_oh", "num_heads", "num_groups")
 RUNTIME = (
     *WIDE, "q_token", "q_cols", "q_rows", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "o_cols",
     "o_rows", "heads_per_item", "inverse_heads", "inverse_groups", "heads_packed", "inverse_packed",
-    "page_size", "boxes", "window_left", "window_reach",
+    "page_size", "boxes", "window_left", "window_reach", "q_heads_token", "group",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=RUNTIME)
 def attention_kernel(
-    q_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-    items_ptr, kv_indices_ptr, turns_ptr,
-    q_token: I32, q_cols: I32, q_rows: I32, k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32,
+    q_desc, q_heads_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    sinks_ptr, items_ptr, kv_indices_ptr, turns_ptr,
+    q_token: I32, q_cols: I32, q_rows: I32, q_heads_token: I32, group: I32,
+    k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32,
     v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
     heads_packed: I32, inverse_packed: I32, page_size: I32, boxes: I32, window_left: I32, window_reach: I32,
@@ -103,12 +104,13 @@ def attention_kernel(
     smem = (q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch)
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
     pack = (heads_packed, inverse_packed)
-    q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack)
+    heads = (q_heads_desc, q_heads_token, group) if C.pack_decode else ()
+    q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack, heads)
     k = (k_desc, k_ptr, k_page, k_token, k_head)
     v = (v_desc, v_ptr, v_page, v_token, v_head)
     outputs = (
         o_desc, out_ptr, stride_on, stride_oh, o_cols, o_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-        num_heads, num_groups, pack,
+        num_heads, num_groups, pack, group if C.pack_decode else 0,
     )  # fmt: skip
     table = (kv_indices_ptr, page_size, boxes)
     scales = (scale, cap_scale)
@@ -180,6 +182,16 @@ def as_matrix(x: torch.Tensor) -> Matrix | None:
     return Matrix(rows, cols, step, pages, head_cols, head_rows)
 
 
+def by_heads(q: torch.Tensor) -> Matrix | None:
+    """[tokens, heads, dim] as a matrix whose rows are one head apart, each token a "page" of them, if it can be."""
+    tokens, heads, dim = q.shape
+    step, head_step = q.stride(0), q.stride(1)
+    if not dim <= head_step or step % head_step or not copyable(q):
+        return None
+    rows = (tokens - 1) * (step // head_step) + heads
+    return Matrix(rows, dim, head_step, step // head_step, 0, 1) if rows < 2**31 else None
+
+
 def copyable(x: torch.Tensor) -> bool:
     """Whether every row of x starts at a multiple of 16 bytes (8 elements)."""
     return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
@@ -246,6 +258,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         d_qk=p.head_dim_qk, d_vo=p.head_dim_vo, block_n=c.block_n, consumers=c.block_m // 64, stages=c.num_stages,
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n),
         left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned, tails=has_tails(plan),
+        pack_decode=c.pack_decode and 1 in np.diff(plan.lengths.qo_indptr),
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
     )  # fmt: skip
 
@@ -306,12 +319,16 @@ def run(
     q_matrix, out_matrix = (as_matrix(q), as_matrix(out)) if c.pack == 1 else (None, None)
     k_matrix, v_matrix = (as_matrix(k), as_matrix(v)) if setup.box else (None, None)
     gather = k_matrix is None or v_matrix is None
+    heads_matrix = by_heads(q) if setup.base.pack_decode and q_matrix else None
+    if setup.base.pack_decode and heads_matrix is None:
+        q_matrix = None
     if gather and p.head_dim_qk == 256:  # the gathering variant of this head dim would spill registers
         portable.run(setup.portable_plan(), q, k, v, out, lse, workspace, sm_scale, sinks)
         return
     spec = setup.spec(gather, q_matrix is not None, out_matrix is not None, sinks is not None)
 
     q_desc = q_matrix.descriptor(q, 64) if q_matrix else None
+    q_heads_desc = heads_matrix.descriptor(q, 64) if heads_matrix else None
     o_desc = out_matrix.descriptor(out, 64) if out_matrix and spec.o_tma else None
     if gather:
         k_desc = v_desc = None
@@ -326,9 +343,10 @@ def run(
     scale, cap_scale = (cap * LOG2_E, sm_scale / cap) if cap > 0 else (sm_scale * LOG2_E, 0.0)
     partial, partial_lse = plan.partials(workspace)
     attention_kernel[setup.grid](
-        q_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
-        plan.items, plan.kv_indices, plan.turns,
-        *q_steps, *k_steps, *v_steps, out.stride(0) // 8, out.stride(1) // 8, *o_steps,
+        q_desc, q_heads_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse,
+        sinks if sinks is not None else lse, plan.items, plan.kv_indices, plan.turns,
+        *q_steps, heads_matrix.pages if heads_matrix else 0, p.group_size, *k_steps, *v_steps,
+        out.stride(0) // 8, out.stride(1) // 8, *o_steps,
         p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
         inverse(c.pack), p.page_size, c.block_n // spec.box if spec.box else 0,
         p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
@@ -355,6 +373,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
     found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
     found |= dict.fromkeys(("scale", "cap_scale"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
+    found["q_heads_desc"] = desc(64, spec.d_qk) if spec.q_tma and spec.pack_decode else "constexpr"
     found["k_desc"] = desc(spec.box, spec.d_qk) if not spec.gather else "constexpr"
     found["v_desc"] = desc(spec.box, spec.d_vo) if not spec.gather else "constexpr"
     found["o_desc"] = desc(64, spec.d_vo) if spec.o_tma else "constexpr"
@@ -367,29 +386,35 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
 def compile_cases() -> Iterator[CompileCase]:
     """Every head dim; ragged KV, paged by TMA and gathered; packed rows, split tiles, the variants."""
     causal = Spec(d_qk=128, d_vo=128, block_n=128, consumers=2, stages=2, q_slots=2, right=True, aligned=True)
-    gathered = replace(causal, paged=True, gather=True, box=1, aligned=False, tails=True)
+    gathered = replace(causal, paged=True, gather=True, box=1, aligned=False, tails=True, pack_decode=True)
     rows = replace(gathered, box=0, left=True, soft_cap=True, sinks=True, split=True)
     specs = {
         "causal": causal,
         "causal.tails": replace(causal, tails=True),
+        "causal.decode": replace(causal, tails=True, pack_decode=True),
         "full": replace(causal, right=False),
-        "paged": replace(causal, paged=True, box=16, aligned=False, tails=True),
+        "paged": replace(causal, paged=True, box=16, aligned=False, tails=True, pack_decode=True),
+        "paged.rows": replace(causal, paged=True, box=16, aligned=False, tails=True, pack_decode=True, q_tma=False),
         "page1": gathered,
         "page3.all": rows,
-        "page3.packed": replace(rows, soft_cap=False, packed=True, q_tma=False, o_tma=False),
-        "page1.dim192x128": replace(gathered, d_qk=192),
-        "window.cap.sinks": replace(causal, left=True, soft_cap=True, sinks=True, aligned=False, tails=True),
+        "page3.packed": replace(rows, soft_cap=False, packed=True, pack_decode=False, q_tma=False, o_tma=False),
+        "page1.dim192x128": replace(gathered, d_qk=192, pack_decode=False),
+        "window.cap.sinks": replace(
+            causal, left=True, soft_cap=True, sinks=True, aligned=False, tails=True, pack_decode=True
+        ),
         "packed.stages3": replace(
             causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False
         ),
-        "page1.packed.stages3": replace(gathered, packed=True, stages=3, q_tma=False, o_tma=False, aligned=False),
+        "page1.packed.stages3": replace(
+            gathered, packed=True, pack_decode=False, stages=3, q_tma=False, o_tma=False, aligned=False
+        ),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
         "dim192x128": replace(causal, d_qk=192),
         "dim192x128.tails": replace(causal, d_qk=192, aligned=False, tails=True),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
-        "dim256.tails": replace(causal, d_qk=256, d_vo=256, block_n=64, aligned=False, tails=True),
+        "dim256.tails": replace(causal, d_qk=256, d_vo=256, block_n=64, aligned=False, tails=True, pack_decode=True),
     }
     for name, spec in specs.items():
         spec = fit(spec)

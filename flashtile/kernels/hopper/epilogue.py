@@ -87,7 +87,7 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
     the tile's head group.
     """
     (desc, out_ptr, stride_on, stride_oh, head_cols, head_rows, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr,
-     num_heads, num_groups, pack) = outputs  # fmt: skip
+     num_heads, num_groups, pack, group) = outputs  # fmt: skip
     q_begin = tiles.read(ring, count, tiles.Q_BEGIN)
     qo_len = tiles.read(ring, count, tiles.QO_LEN)
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
@@ -101,6 +101,11 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
     if C.packed:
         heads = head * pack[0] + (row_begin + own - token * pack[0])
     valid = token < qo_len
+    if C.pack_decode:  # rows may be the heads of a single token
+        lone = qo_len == 1
+        valid = gl.where(lone, row_begin + own < group, valid)
+        token = gl.where(lone, 0, token)
+        heads = gl.where(lone, head + gl.minimum(row_begin + own, group - 1), heads)
     sink = m
     if C.sinks:
         sink = gl.load(sinks_ptr + heads) * LOG2_E
@@ -113,6 +118,8 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
         final = valid & (slot < 0)
         if slot >= 0:
             state = (slot.to(gl.int64) * num_groups + head) * (C.consumers * ROWS) + W * ROWS + own
+            if C.pack_decode:
+                state = gl.where(qo_len == 1, (slot.to(gl.int64) * num_groups + heads) * (C.consumers * ROWS), state)
             gl.store(partial_lse_ptr + state, lse, mask=valid)
             store_rows(partial_ptr, out, state * C.d_vo, valid)
     rows = (q_begin + token).to(gl.int64)

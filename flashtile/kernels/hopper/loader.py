@@ -260,21 +260,37 @@ def clear_tail_piece(buf, slot, valid):
 @gluon.jit
 def copy_packed_rows(source, buf, slot, first_col, q_begin, qo_len, row_begin, head, C: gl.constexpr):
     """Start to copy one piece of a tile's packed query rows by 16-byte copies; rows past qo_len keep what was there."""
-    desc, ptr, token_step, head_step, head_rows, pack = source
+    desc, ptr, token_step, head_step, head_rows, pack, by_heads = source
     view = strips(buf, 8)
     WIDTH: gl.constexpr = view.shape[2]
     PANELS: gl.constexpr = buf.shape[2] // WIDTH
     L: gl.constexpr = copy_layout(WIDTH, loader_warps(C))
     cols = first_col + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     rows = gl.minimum(qo_len * pack[0] - row_begin, C.consumers * ROWS)
+    if C.pack_decode:
+        rows = gl.where(qo_len == 1, by_heads[2], rows)
     for i in range(0, (rows + 7) // 8):  # rows of consumer w are 64 w .. 64 w + 63: strips 8 w .. 8 w + 7 of each panel
         packed = row_begin + i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, L))
         token = tiles.token_of(packed, pack, C)
         heads = head * pack[0] + packed - token * pack[0]
+        valid = token < qo_len
+        if C.pack_decode:
+            valid = gl.where(qo_len == 1, packed < by_heads[2], valid)
+            token = gl.where(qo_len == 1, 0, token)
+            heads = gl.where(qo_len == 1, head + packed, heads)
         at = ptr + ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
         for c in gl.static_range(PANELS):
             strip = view.index(((slot * C.consumers + i // 8) * PANELS + c) * 8 + i % 8)
-            cp_async(strip, at[:, None] + (cols + c * WIDTH)[None, :], mask=(token < qo_len)[:, None])
+            cp_async(strip, at[:, None] + (cols + c * WIDTH)[None, :], mask=valid[:, None])
+
+
+@gluon.jit
+def copy_rows(desc, bufs, slot, row, col, bar, C: gl.constexpr):
+    """TMA copies of the query rows of all consumers, from `row` on."""
+    CONSUMERS: gl.constexpr = C.consumers
+    mbarrier.expect(bar, C.consumers * ROWS * C.d_qk * 2)
+    for w in gl.static_range(CONSUMERS):
+        copy_box(desc, bufs, slot * C.consumers + w, row + w * ROWS, col, bar, 0)
 
 
 @gluon.jit
@@ -283,16 +299,20 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
     q_begin = tiles.field(item, tiles.Q_BEGIN)
     row_begin = tiles.field(item, tiles.ROW_BEGIN)
     head = tiles.field(item, tiles.HEAD)
-    desc, ptr, token_step, head_cols, head_rows, pack = source
-    CONSUMERS: gl.constexpr = C.consumers
+    desc, ptr, token_step, head_cols, head_rows, pack, by_heads = source
     slot = count % C.q_slots
     bar = bars[0].index(slot)
     mbarrier.wait(bars[1].index(slot), ((count // C.q_slots) & 1) ^ 1)
     if C.q_tma:
-        mbarrier.expect(bar, C.consumers * ROWS * C.d_qk * 2)
-        for w in gl.static_range(CONSUMERS):
-            row = q_begin + row_begin + w * ROWS + head * head_rows
-            copy_box(desc, smem[0], slot * C.consumers + w, row, head * head_cols, bar, 0)
+        row = q_begin + row_begin + head * head_rows
+        if C.pack_decode:
+            if tiles.field(item, tiles.QO_LEN) == 1:  # the heads of one token, and after them rows that are nobody's
+                mbarrier.expect(bar, ROWS * C.d_qk * 2)
+                copy_box(by_heads[0], smem[0], slot * C.consumers, q_begin * by_heads[1] + head, 0, bar, 0)
+            else:
+                copy_rows(desc, smem[0], slot, row, head * head_cols, bar, C)
+        else:
+            copy_rows(desc, smem[0], slot, row, head * head_cols, bar, C)
     else:
         qo_len = tiles.field(item, tiles.QO_LEN)
         first_col = 0

@@ -134,6 +134,8 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
     offset = tiles.read(ring, count, tiles.KV_LEN) - qo_len
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS
     position = tiles.token_of(row_begin + gl.arange(0, ROWS, layout=row_layout()), pack, C) + offset
+    if C.pack_decode:  # rows that are heads of one token are all at its position
+        position = gl.minimum(position, offset + qo_len - 1)
     high = gl.zeros_like(position) + kv_end
     lowest = kv_end
     if C.right:
@@ -143,7 +145,10 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
     low = position
     if C.left:
         low = position - window_left
-        highest = tiles.token_of(row_begin + ROWS - 1, pack, C) + offset - window_left
+        highest = tiles.token_of(row_begin + ROWS - 1, pack, C) + offset
+        if C.pack_decode:
+            highest = gl.minimum(highest, offset + qo_len - 1)
+        highest -= window_left
         left = (gl.maximum(highest, 0) + C.block_n - 1) // C.block_n
     idle = tiles.token_of(row_begin, pack, C) >= qo_len
     return last, last - first + 1, gl.maximum(lowest, 0) // C.block_n, left, high, low, idle

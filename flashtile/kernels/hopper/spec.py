@@ -41,7 +41,8 @@ class Spec:
     q_tma, o_tma: whether whole row blocks of q and out can be copied by TMA.
     left, right: the window is bounded on this side. aligned: each first block of a tile starts at its first row's
         position.
-    tails: the last rows of some request are those of consumer 0 alone.
+    tails: the last rows of some request are those of consumer 0 alone. pack_decode: a tile of a request of one token
+        holds all query heads of its group, one a row, though other tiles hold the tokens of one head.
     """
 
     d_qk: int
@@ -60,6 +61,7 @@ class Spec:
     right: bool = False
     aligned: bool = False
     tails: bool = False
+    pack_decode: bool = False
     soft_cap: bool = False
     sinks: bool = False
     split: bool = False
