@@ -420,6 +420,7 @@ def single(
         kv_dtype=k.dtype,
         v_dtype=v.dtype if v.dtype != k.dtype else None,
         o_dtype=o_dtype or q.dtype,
+        kv_heads_first=kv_layout == "HND",
         window_left=window_left,
         window_right=0 if causal else -1,
         logits_soft_cap=logits_soft_cap or 0.0,

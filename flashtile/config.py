@@ -269,24 +269,32 @@ def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     """Decode over caches of 8 and 4 bits: a step of 64 tokens is few bytes, so steps are longer (H100, 32/8 heads,
     page 16, in us; benchmarks/results/h100_decode_narrow.jsonl and, for several heads, h100_decode_variants.jsonl)."""
     row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0, overlap=True)
-    few_tiles = w.batch_size * p.num_kv_heads <= 2 * sms
-    if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57, int4 50; 64 tokens a step 68, 101 and 83
-        return row
     formats = {p.k_format, p.v_format}
+    int4 = formats == {"int4"}
+    few_tiles = w.batch_size * p.num_kv_heads <= 2 * sms
+    if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57; 64 tokens a step 68 and 101. int4 43, one CTA an SM 50
+        return replace(row, raw=True, ctas_per_sm=2) if int4 and p.rope is None else row
+    together = p.kv_heads_first and p.page_size != 1  # rows of one head, of which a step reads whole pages
+    if not formats & {"int8", "int4"}:
+        # by 128 tokens and by 64: HND pages 186 and 189 us for 64 x 4k tokens, 188 and 195 for 256 x 1k; pages of one
+        # token 192 and 196, 200 and 204; NHD pages of 16 192 and 191, 197 and 198, but 750 and 738 for 64 x 16k
+        longer = (together or p.page_size == 1) and min(p.head_dim_qk, p.head_dim_vo) >= 64
+        return replace(row, block_n=128 if longer else 64, num_stages=3, ctas_per_sm=4, max_registers=128)
     # A row of one head is 128 bytes, or 64: CTAs of several heads read more at a place, and numbers that are multiplied
     # as they are leave time for it. 64 x 4k / 64 x 16k tokens: int4 by 4 heads 128 / 444, by 2 165 / 605, alone 132 /
     # 560, but at 64 x 1k 46 and 39; int8 by 2 heads 200 / 748, alone 220 / 845, but of 32 KV heads 915 and 850
-    int4 = formats == {"int4"}
     heads = 4 if int4 else 2
     long = w.total_kv_len * p.num_kv_heads >= 8192 * sms
     at_once = w.batch_size * p.num_kv_heads <= 2 * heads * sms
-    if formats & {"int8", "int4"} and p.rope is None and p.num_kv_heads % heads == 0 and (long if int4 else at_once):
+    if (
+        int4 and long and together and p.rope is None
+    ):  # 64 x 4k / 16k / 256 x 1k: 111 / 409 / 122; 4 heads 121 / 411 / 124
+        return replace(row, ctas_per_sm=4, raw=True)
+    if p.rope is None and p.num_kv_heads % heads == 0 and (long if int4 else at_once):
         return replace(row, block_n=64, ctas_per_sm=2, ways=4, heads=heads, raw=True)
     if int4:  # 64 x 4k tokens: 132; 64 tokens a step 182
         return replace(row, num_stages=3, ctas_per_sm=4)
-    # fp8 191, 128 tokens a step 222
-    fp8 = not formats & {"int8", "int4"}
-    return replace(row, block_n=64, num_stages=3, ctas_per_sm=4, max_registers=128 if fp8 else None)
+    return replace(row, block_n=64, num_stages=3, ctas_per_sm=4)
 
 
 @dataclass(frozen=True)

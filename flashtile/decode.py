@@ -214,6 +214,7 @@ class BatchDecodeWithPagedKVCacheWrapper(LegacyDecode):
             v_dtype=v_dtype if v_dtype != k_dtype else None,
             o_dtype=to_dtype("o_data_type", o_data_type or q_dtype),
             page_size=page_size,
+            kv_heads_first=self._kv_layout == "HND",
             window_left=window_left,
             logits_soft_cap=logits_soft_cap or 0.0,
             rope=encoding.rope,

@@ -581,11 +581,14 @@ def run(
 
 
 def suited(c: Config, scales: Scales) -> Config:
-    """The plan's configuration, but for one head a CTA where scales come in groups: they take the registers that more
-    would need. Items and partial states are the same."""
-    if c.heads == 1 or "group" not in (scales.k and scales.k.form, scales.v and scales.v.form):
-        return c
-    return replace(c, heads=1, ways=1, raw=False, num_stages=3)
+    """The plan's configuration, or one with the same items and partial states, where scales take the registers that it
+    would need: one head a CTA if they come in groups, short steps for fp8 with a scale per token or group."""
+    forms = {factor.form for factor in (scales.k, scales.v) if factor is not None}
+    if c.heads > 1 and "group" in forms:
+        return replace(c, heads=1, ways=1, raw=False, num_stages=3)
+    if c.max_registers == 128 and forms & {"token", "group"}:
+        return replace(c, block_n=64, max_registers=None)
+    return c
 
 
 def fit_scales(scales: Scales, c: Config) -> Scales:
@@ -758,6 +761,12 @@ def compile_cases() -> list[CompileCase]:
                     kv_dtype=cache_dtype)
               for cache, cache_dtype in (("int8", torch.int8), ("int4", torch.uint8))
               for form, page in (("token", 16), ("token", 1), ("zero", 16), ("head", 16), ("group", 16))],
+            *[_case(f"decode.{cache}.{form}.{layout}.b64", sm, half, 1, _scales(form), 64, 4096, page_size=page,
+                    kv_dtype=cache_dtype, kv_heads_first=layout == "hnd")
+              for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2),
+                                         ("int4", torch.uint8))
+              for layout, page in (("hnd", 16), ("page1", 1))
+              for form in ("head", "token", "zero", "group")],
             *[_case(f"decode.long.page{n}", sm, half, 1, kv_len=8192, page_size=n) for n in (1, 16)],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],

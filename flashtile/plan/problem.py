@@ -34,6 +34,7 @@ class Problem:
     logits_soft_cap: float = 0.0
     v_dtype: torch.dtype | None = None  # of V's cache, where kv_dtype is only K's
     rope: Rope | None = None  # q and k are to be rotated: q at its position, key j at j
+    kv_heads_first: bool = False  # HND: the rows of one head lie together in a page, or in all of ragged KV
     alibi: bool = False  # slope[head] * (j - i) is added to the scaled logit of key j and the request's row i
 
     @property

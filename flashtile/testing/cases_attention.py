@@ -438,7 +438,7 @@ def problem_of(case: AttentionCase, dtype: torch.dtype) -> Problem:
     k_dtype, v_dtype = (CACHE_DTYPES.get(c, dtype) for c in (case.k_cache, case.v_cache))
     return Problem(
         *case.heads, case.head_dim, case.dim_vo, dtype, k_dtype, dtype, page_size=case.page_size, v_dtype=v_dtype,
-        rope=case.rope, alibi=case.alibi,
+        rope=case.rope, alibi=case.alibi, kv_heads_first=case.kv_layout == "HND",
     )  # fmt: skip
 
 

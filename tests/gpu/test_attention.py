@@ -75,6 +75,23 @@ def test_several_heads(case: AttentionCase, kv_chunk: int) -> None:
     run(case, torch.bfloat16, kv_chunk, block_n=64, **forced)
 
 
+TOGETHER = [
+    replace(c, name=f"{c.name}.hnd", kv_layout="HND")
+    for c in CASES
+    if c.name.startswith(("decode.int4", "decode.e4m3", "decode.e5m2")) and c.head_dim in (64, 128)
+    and c.k_cache == c.v_cache and c.window_left < 0 and not c.logits_soft_cap and c.rope is None and not c.alibi
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_chunk", [0, 64], ids=["auto", "split64"])
+@pytest.mark.parametrize("case", TOGETHER, ids=str)
+def test_rows_of_a_head_together(case: AttentionCase, kv_chunk: int) -> None:
+    """What config.py chooses for many requests with HND pages."""
+    config = portable(problem_of(case, torch.bfloat16), Workload(1024, 1024, 1, 2**22, 4096), (9, 0))
+    forced = {name: getattr(config, name) for name in ("block_n", "num_stages", "ctas_per_sm", "raw", "max_registers")}
+    run(case, torch.bfloat16, kv_chunk, **forced)
+
+
 def test_rotation_up_to_position_1e6() -> None:
     """By the function for 16-bit products, but with fp32 tensors around it: pairs (1, 0) become (cos, sin)."""
     n, dim, half = 1_000_000, 16, torch.bfloat16

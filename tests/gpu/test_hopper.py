@@ -40,7 +40,7 @@ LONG_CASES = [
     replace(_MIXED, name="mixed.strided", strided=True),
     replace(_MIXED, name="mixed.aligned", kv_lens=(384, 129, 1, 513), qo_lens=(384, 1, 1, 1), page_size=0),
     replace(_MIXED, name="mixed.group3", heads=(6, 2)),
-    replace(_MIXED, name="mixed.group32", heads=(32, 1)),
+    replace(_MIXED, name="mixed.group32", kv_lens=(200, 300), qo_lens=(130, 1), heads=(32, 1)),
     *[replace(_MIXED, name=f"mixed.dim{d}", head_dim=d) for d in (64, 96, 256)],
     _ALIGNED,
     replace(_ALIGNED, name="aligned.not_causal", causal=False),
