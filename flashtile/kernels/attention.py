@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from flashtile.config import Config, portable
 from flashtile.kernels import codec, kv, rotation, variants
 from flashtile.kernels.codec import query_gain, raw_unit
-from flashtile.kernels.kv import load_factor, load_group_factor, load_rows, of_head
+from flashtile.kernels.kv import load_factor, load_factors, load_group_factor, load_rows, of_head
 from flashtile.kernels.rotation import load_frequencies, turn
 from flashtile.kernels.softmax import LOG2_E, NEG_INF, add_sink, finish, softmax_step
 from flashtile.kernels.variants import lse_shift
@@ -172,12 +172,17 @@ def attend(
         for i in tl.static_range(1, len(keys)):
             s = dot(q[i], turned(keys[i].to(K_TYPE)), s, PARTS_OF)
         s = s.to(tl.float32)
+        PAIRED: tl.constexpr = K_FORM == "token" and V_FORM == "token" and WAYS == 1 and BLOCK_N < 128
+        if PAIRED:
+            k_factor, v_factor = load_factors(k_scale, v_scale, page, row, in_range, MASKED)
+        elif K_FORM == "token":
+            k_factor = load_factor(k_scale, page, row, in_range, MASKED)
         if K_FORM != "group":
             if k_zero is not None and COS_SIN is None:
                 zero = load_factor(k_zero, page, row, in_range, MASKED) - K_BIAS
                 s -= tl.expand_dims(q_sum, -1) * tl.expand_dims(zero, -2)
             if K_FORM == "token":
-                s *= tl.expand_dims(load_factor(k_scale, page, row, in_range, MASKED), -2)
+                s *= tl.expand_dims(k_factor, -2)
         s = LOGITS(s, q_pos, kv_pos, logit_params)  # [BLOCK_M, BLOCK_N], log2 units
         if MASKED:
             keep = tl.expand_dims(in_range, -2)
@@ -189,7 +194,9 @@ def attend(
 
         if V_FORM == "token":
             # the scale's exponent joins the logit, so that p * scale is below 2 and fits fp16 whatever the scales are
-            power, inverse, mantissa = split_scale(load_factor(v_scale, page, row, in_range, MASKED))
+            if not PAIRED:
+                v_factor = load_factor(v_scale, page, row, in_range, MASKED)
+            power, inverse, mantissa = split_scale(v_factor)
             p, m, alpha = softmax_step(s + tl.expand_dims(power, -2), m, MASKED)
             l = l * alpha + tl.sum(p * tl.expand_dims(inverse, -2), -1)
             p *= tl.expand_dims(mantissa, -2)

@@ -61,6 +61,18 @@ def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_factors(first, second, page, row, in_range, MASKED: tl.constexpr):
+    """Two scales per token, as `load_factor`, in one load: where [BLOCK_N] alone is fewer elements than threads, Triton
+    loads each again, and its page ids, for each layout that it is used in."""
+    ptrs = tl.join(first[0] + page * first[1] + row * first[2], second[0] + page * second[1] + row * second[2])
+    if MASKED:
+        both = tl.load(ptrs, mask=tl.expand_dims(in_range, -1), other=0).to(tl.float32)
+    else:
+        both = tl.load(ptrs).to(tl.float32)
+    return tl.split(both)
+
+
+@triton.jit
 def load_group_factor(
     factor, page, row, in_range, FIRST: tl.constexpr, WIDTH: tl.constexpr, GROUP_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
