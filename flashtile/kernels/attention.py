@@ -172,7 +172,8 @@ def attend(
         for i in tl.static_range(1, len(keys)):
             s = dot(q[i], turned(keys[i].to(K_TYPE)), s, PARTS_OF)
         s = s.to(tl.float32)
-        PAIRED: tl.constexpr = K_FORM == "token" and V_FORM == "token" and WAYS == 1 and BLOCK_N < 128
+        FP16: tl.constexpr = q[0].dtype == tl.float16
+        PAIRED: tl.constexpr = K_FORM == "token" and V_FORM == "token" and WAYS == 1 and BLOCK_N < 128 and FP16
         if PAIRED:
             k_factor, v_factor = load_factors(k_scale, v_scale, page, row, in_range, MASKED)
         elif K_FORM == "token":
