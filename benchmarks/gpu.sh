@@ -19,6 +19,7 @@ PYTHON=${PYTHON:-python3}
 SANITIZE_EVERY=${SANITIZE_EVERY:-50}
 SANITIZE_SKIP=${SANITIZE_SKIP:-distribution|100_times|large|2_31|2_to_the|31_elements|compilation|engine|benchmarks|sync|graph|where_there_is_room|other_device|repeats}
 SANITIZE_SECONDS=${SANITIZE_SECONDS:-240}  # for each tool
+TEST_SECONDS=${TEST_SECONDS:-150}          # for each test, where pytest-timeout is installed
 WORKERS=${WORKERS:-12}        # test processes that share the GPU
 KEEP_CACHE=${KEEP_CACHE:-0}
 mkdir -p "$OUT"
@@ -72,6 +73,8 @@ run() {
 
 tests() {
   local timing=tests/gpu/test_benchmarks.py workers=() options=(-p no:cacheprovider -rf "$@")
+  # a test that hangs is named, and ends with its process, not with the run
+  "$PYTHON" -c 'import pytest_timeout' 2>/dev/null && options+=(--timeout "$TEST_SECONDS" --timeout-method thread)
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(--numprocesses "$WORKERS" --dist worksteal)
   run test "$PYTHON" -m pytest tests --ignore=tests/interpreter --ignore="$timing" "${workers[@]}" "${options[@]}"
   run timing "$PYTHON" -m pytest "$timing" "${options[@]}"
