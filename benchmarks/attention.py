@@ -76,7 +76,7 @@ def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with
 
 
 def decode(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
-    """One token per request over a page table; the cache in bf16 or fp8."""
+    """One token per request over a page table; cache and scales in the case's dtype and layout."""
     q = _values((case.batch_size, case.num_qo_heads, case.head_dim), torch.bfloat16, device)
     wrapper = public("BatchDecodeWithPagedKVCacheWrapper")(_workspace(device), case.layout.upper())
     tables = _page_tables(case, device)

@@ -185,7 +185,7 @@ def hopper(p: Problem, w: Workload) -> Config:
         "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=group // pack,
         section_tiles=max(section, 1) if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
         overlap=True,
-        pack_decode=pack == 1 < group <= 64 and p.head_dim_qk != 192,  # gathering rows of 192, it would spill
+        pack_decode=pack == 1 < group <= 64 and p.head_dim_qk <= 128,  # beyond, some variants would spill
     )  # fmt: skip
 
 
@@ -286,9 +286,8 @@ def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     heads = 4 if int4 else 2
     long = w.total_kv_len * p.num_kv_heads >= 8192 * sms
     at_once = w.batch_size * p.num_kv_heads <= 2 * heads * sms
-    if (
-        int4 and long and together and p.rope is None
-    ):  # 64 x 4k / 16k / 256 x 1k: 111 / 409 / 122; 4 heads 121 / 411 / 124
+    # HND pages, 64 x 4k / 64 x 16k / 256 x 1k tokens: int4 alone 111 / 409 / 122, by 4 heads 121 / 411 / 124
+    if int4 and long and together and p.rope is None:
         return replace(row, ctas_per_sm=4, raw=True)
     if p.rope is None and p.num_kv_heads % heads == 0 and (long if int4 else at_once):
         return replace(row, block_n=64, ctas_per_sm=2, ways=4, heads=heads, raw=True)

@@ -249,6 +249,7 @@ class BatchPrefillWithPagedKVCacheWrapper(LegacyPrefill):
             encoding,
             (q_data_type, kv_data_type, o_data_type),
             page_size,
+            self._kv_layout,
         )
         qo = _qo_offsets(qo_indptr)
         kv_indptr = host_ints("paged_kv_indptr", paged_kv_indptr)
@@ -419,6 +420,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(LegacyRaggedPrefill):
             encoding,
             (q_data_type, kv_data_type, o_data_type),
             0,
+            self._kv_layout,
         )
         qo = _qo_offsets(qo_indptr)
         kv = host_ints("kv_indptr", kv_indptr)
@@ -497,6 +499,7 @@ def _problem(
     encoding: PosEncoding,
     dtypes: tuple[DType, KVDType, DType | None],
     page_size: int,
+    kv_layout: str,
 ) -> Problem:
     q_dtype = to_dtype("q_data_type", dtypes[0])
     k_dtype, v_dtype = cache_dtypes(dtypes[1], q_dtype)
@@ -510,6 +513,7 @@ def _problem(
         v_dtype=v_dtype if v_dtype != k_dtype else None,
         o_dtype=to_dtype("o_data_type", dtypes[2] or q_dtype),
         page_size=page_size,
+        kv_heads_first=kv_layout == "HND",
         window_left=window_left,
         window_right=0 if causal else -1,
         logits_soft_cap=logits_soft_cap or 0.0,

@@ -26,8 +26,8 @@ class AttentionBench:
 
     All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16", "fp8" (e4m3), "int8" or
     "int4"; the latter two with a scale per token and head. encoding: "none", or "rope" or "alibi" inside attention.
-    head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30), "window" (the last 1024 keys) or "sinks". layout: of the
-    cache and of its scales.
+    head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30), "window" (the last 1024 keys) or "sinks". layout:
+    "nhd" or "hnd", of the cache and of its scales.
     """
 
     name: str

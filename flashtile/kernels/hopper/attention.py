@@ -403,7 +403,7 @@ def compile_cases() -> Iterator[CompileCase]:
             causal, left=True, soft_cap=True, sinks=True, aligned=False, tails=True, pack_decode=True
         ),
         "packed.stages3": replace(
-            causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False
+            causal, packed=True, paged=True, box=16, stages=3, q_tma=False, o_tma=False, aligned=False, tails=True
         ),
         "page1.packed.stages3": replace(
             gathered, packed=True, pack_decode=False, stages=3, q_tma=False, o_tma=False, aligned=False
@@ -411,10 +411,11 @@ def compile_cases() -> Iterator[CompileCase]:
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
+        "dim96.decode": replace(gathered, d_qk=96, d_vo=96, stages=3, left=True, sinks=True, split=True),
         "dim192x128": replace(causal, d_qk=192),
         "dim192x128.tails": replace(causal, d_qk=192, aligned=False, tails=True),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
-        "dim256.tails": replace(causal, d_qk=256, d_vo=256, block_n=64, aligned=False, tails=True, pack_decode=True),
+        "dim256.tails": replace(causal, d_qk=256, d_vo=256, block_n=64, left=True, aligned=False, tails=True),
     }
     for name, spec in specs.items():
         spec = fit(spec)

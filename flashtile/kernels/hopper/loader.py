@@ -285,7 +285,7 @@ def copy_packed_rows(source, buf, slot, first_col, q_begin, qo_len, row_begin, h
 
 
 @gluon.jit
-def copy_rows(desc, bufs, slot, row, col, bar, C: gl.constexpr):
+def copy_query(desc, bufs, slot, row, col, bar, C: gl.constexpr):
     """TMA copies of the query rows of all consumers, from `row` on."""
     CONSUMERS: gl.constexpr = C.consumers
     mbarrier.expect(bar, C.consumers * ROWS * C.d_qk * 2)
@@ -310,9 +310,9 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
                 mbarrier.expect(bar, ROWS * C.d_qk * 2)
                 copy_box(by_heads[0], smem[0], slot * C.consumers, q_begin * by_heads[1] + head, 0, bar, 0)
             else:
-                copy_rows(desc, smem[0], slot, row, head * head_cols, bar, C)
+                copy_query(desc, smem[0], slot, row, head * head_cols, bar, C)
         else:
-            copy_rows(desc, smem[0], slot, row, head * head_cols, bar, C)
+            copy_query(desc, smem[0], slot, row, head * head_cols, bar, C)
     else:
         qo_len = tiles.field(item, tiles.QO_LEN)
         first_col = 0
