@@ -3,7 +3,6 @@
 from flashtile.kernels.hopper import tiles
 from flashtile.kernels.hopper.compat import fence_async_shared, gl, gluon, tma_store, tma_store_wait
 from flashtile.kernels.hopper.spec import ROWS, row_layout
-from flashtile.kernels.hopper.tiles import token_of
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 NEG_INF = gl.constexpr(float("-inf"))
@@ -96,16 +95,7 @@ def store_tile(acc, m, l, head, ring, count, o_bufs, outputs, W: gl.constexpr, C
         slot = tiles.read(ring, count, tiles.SLOT)
 
     own = gl.arange(0, ROWS, layout=row_layout())
-    token = token_of(row_begin + own, pack, C)
-    heads = head + gl.zeros_like(own)
-    if C.packed:
-        heads = head * pack[0] + (row_begin + own - token * pack[0])
-    valid = token < qo_len
-    if C.pack_decode:  # rows may be the heads of a single token
-        lone = qo_len == 1
-        valid = gl.where(lone, row_begin + own < group, valid)
-        token = gl.where(lone, 0, token)
-        heads = gl.where(lone, head + gl.minimum(row_begin + own, group - 1), heads)
+    token, heads, valid = tiles.owner_of(row_begin + own, head, qo_len, pack, group, C)
     sink = m
     if C.sinks:
         sink = gl.load(sinks_ptr + heads) * LOG2_E

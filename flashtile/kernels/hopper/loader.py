@@ -271,13 +271,7 @@ def copy_packed_rows(source, buf, slot, first_col, q_begin, qo_len, row_begin, h
         rows = gl.where(qo_len == 1, by_heads[2], rows)
     for i in range(0, (rows + 7) // 8):  # rows of consumer w are 64 w .. 64 w + 63: strips 8 w .. 8 w + 7 of each panel
         packed = row_begin + i * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, L))
-        token = tiles.token_of(packed, pack, C)
-        heads = head * pack[0] + packed - token * pack[0]
-        valid = token < qo_len
-        if C.pack_decode:
-            valid = gl.where(qo_len == 1, packed < by_heads[2], valid)
-            token = gl.where(qo_len == 1, 0, token)
-            heads = gl.where(qo_len == 1, head + packed, heads)
+        token, heads, valid = tiles.owner_of(packed, head, qo_len, pack, by_heads[2] if C.pack_decode else 0, C)
         at = ptr + ((q_begin + token).to(gl.int64) * token_step + heads.to(gl.int64) * head_step) * 8
         for c in gl.static_range(PANELS):
             strip = view.index(((slot * C.consumers + i // 8) * PANELS + c) * 8 + i % 8)

@@ -48,6 +48,23 @@ def token_of(row, pack, C: gl.constexpr):
     return row
 
 
+@gluon.jit
+def owner_of(row, head, qo_len, pack, group, C: gl.constexpr):
+    """Of packed rows of a tile of a head group: token, inside the request, query head, and whether there is such a
+    row."""
+    token = token_of(row, pack, C)
+    heads = head + gl.zeros_like(row)
+    if C.packed:
+        heads = head * pack[0] + (row - token * pack[0])
+    valid = token < qo_len
+    if C.pack_decode:  # rows may be the heads of a single token
+        lone = qo_len == 1
+        valid = gl.where(lone, row < group, valid)
+        token = gl.where(lone, 0, token)
+        heads = gl.where(lone, head + gl.minimum(row, group - 1), heads)
+    return token, heads, valid
+
+
 @gluon.constexpr_function
 def lane_layout(warps):
     """One value per lane, the same in all warps of a loader."""
