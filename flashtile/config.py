@@ -60,9 +60,15 @@ class Config:
                 f"ways, heads: expected 1 way or one per warp ({self.num_warps}), shared evenly by heads, "
                 f"got ways={self.ways}, heads={self.heads}"
             )
-        if self.family == "hopper" and self.block_m not in (64, 128):
+        if self.family == "hopper" and self.block_m not in (64, 128, 192):
             raise ValueError(
-                f"block_m: expected 64 or 128, one or two consumers of 64 rows of the Hopper family, got {self.block_m}"
+                "block_m: expected 64, 128 or 192, one to three consumers of 64 rows of the Hopper family, "
+                f"got {self.block_m}"
+            )
+        if self.family == "hopper" and self.num_stages > (3 if self.block_m == 192 else 4):
+            raise ValueError(
+                "num_stages: expected at most 4 of the Hopper family, or 3 with three consumers (block_m=192): there "
+                f"are 16 named barriers, got {self.num_stages} with block_m={self.block_m}"
             )
 
     def tiling(self, problem: Problem, num_sms: int) -> Tiling:
@@ -168,25 +174,37 @@ def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:
 def hopper(p: Problem, w: Workload) -> Config:
     """The Hopper family's rows: the first that fits wins."""
     group, rows = p.group_size, w.max_qo_len * p.group_size
+    block_m = 128
     block_n, stages = {(64, 64): (128, 4), (96, 96): (128, 3), (256, 256): (64, 2)}.get(
         (p.head_dim_qk, p.head_dim_vo), (128, 2)
     )
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if pack > 1 and rows > 64 and (p.head_dim_qk, p.head_dim_vo) == (128, 128):
         stages = 3  # bound by memory as much as by products: 64 rows over 64 x 4k tokens 455 us, 486 with 2
+    if (p.head_dim_qk, p.head_dim_vo) == (64, 64) and pack == 1 and _three_consumers_pay(p, w):
+        block_m, stages = 192, 3
     if rows <= 64:  # one consumer: bound by memory
         return Config("hopper", 64, block_n, pack, num_stages=stages, split_cost=2.0, overlap=True)
     # The list: all tiles of one KV head one after the other, so that they find it in L2. Where tiles differ in length,
     # longest first in sections whose KV fits there: MHA at 2k tokens takes 442 us with 32 MB a section, 515 with 64 MB.
     uneven = p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len
     head_bytes = w.max_kv_len * (p.head_dim_qk + p.head_dim_vo) * p.q_dtype.itemsize
-    section = min(512, 2**25 // max(head_bytes, 1) * max(rows // 128, 1))
+    section = max(min(512, 2**25 // max(head_bytes, 1) * max(rows // 128, 1)), 1)
+    if w.max_kv_len <= 1024:  # by head; but 32 x 512 tokens of MHA, 4 heads together: 201 us, 217 one by one, 237 by 16
+        section = 16 if w.max_kv_len <= 512 else 1
     return Config(
-        "hopper", 128, block_n, pack, num_stages=stages, heads_per_item=group // pack,
-        section_tiles=max(section, 1) if uneven and w.max_kv_len > 1024 else 1, split_cost=4.0,
-        overlap=True,
+        "hopper", block_m, block_n, pack, num_stages=stages, heads_per_item=group // pack,
+        section_tiles=section if uneven else 1, split_cost=4.0, overlap=True,
         pack_decode=pack == 1 < group <= 64 and p.head_dim_qk <= 128,  # beyond, some variants would spill
     )  # fmt: skip
+
+
+def _three_consumers_pay(p: Problem, w: Workload) -> bool:
+    """Whether long tiles of head_dim 64 take 192 rows: exps take as long there as products, and a third consumer fills
+    the gaps (H100, 16k tokens not causal 3863 us, by 128 rows 4600; causal 2046, 2365; 1k causal 246, 190). With a soft
+    cap, or where rows are gathered, the 160 registers of a consumer are too few."""
+    enough = w.max_kv_len >= 4096 and w.nnz_qo * p.num_qo_heads >= 2**18  # 1365 tiles
+    return enough and p.logits_soft_cap == 0 and (p.page_size == 0 or box_rows(p.page_size, 128) > 0)
 
 
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:

@@ -182,6 +182,13 @@ def test_schedules(case: AttentionCase, forced: dict[str, object]) -> None:
     check(case, torch.bfloat16, **forced)
 
 
+@pytest.mark.parametrize("forced", [{}, {"kv_chunk": 128}], ids=["whole", "split"])
+@pytest.mark.parametrize(("dim", "block_n"), [(64, 128), (96, 64)])
+@pytest.mark.parametrize("case", [c for c in LONG_CASES if c.head_dim == 128 and c.dim_vo == 128], ids=str)
+def test_three_consumers(case: AttentionCase, dim: int, block_n: int, forced: dict[str, object]) -> None:
+    check(replace(case, head_dim=dim), torch.bfloat16, block_m=192, block_n=block_n, num_stages=3, **forced)
+
+
 _ROWS = replace(_PAGED, page_size=1)
 GATHERED_CASES = [
     *[c for c in LONG_CASES if c.page_size in (1, 3)],

@@ -126,7 +126,7 @@ def attention_kernel(
             [loader_warps(C), loader_warps(C)],
             [registers(C)[2], registers(C)[2]],
         )
-    else:
+    elif C.consumers == 2:
         gl.warp_specialize(
             [
                 (consumer, (0, smem, bars, outputs, scales, window, C)),
@@ -136,6 +136,18 @@ def attention_kernel(
             ],
             [4, loader_warps(C), loader_warps(C)],
             [registers(C)[1], registers(C)[2], registers(C)[2]],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, C)),
+                (consumer, (2, smem, bars, outputs, scales, window, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
+            ],
+            [4, 4, loader_warps(C), loader_warps(C)],
+            [registers(C)[1], registers(C)[1], registers(C)[2], registers(C)[2]],
         )
 
 
@@ -207,10 +219,10 @@ def is_aligned(plan: Plan) -> bool:
 
 
 def has_tails(plan: Plan) -> bool:
-    """Whether the last tile of some request has rows for the first of its two consumers only."""
+    """Whether the last tile of some request leaves a consumer without rows."""
     c = plan.config
     rest = np.diff(plan.lengths.qo_indptr) * c.pack % c.block_m
-    return c.block_m == 128 and bool(np.any((rest > 0) & (rest <= 64)))
+    return bool(np.any((rest > 0) & (rest <= c.block_m - 64)))
 
 
 class Setup:
@@ -410,6 +422,8 @@ def compile_cases() -> Iterator[CompileCase]:
         ),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
+        "dim64.three": replace(causal, d_qk=64, d_vo=64, consumers=3, stages=3, aligned=False),
+        "dim64.three.full": replace(causal, d_qk=64, d_vo=64, consumers=3, stages=3, right=False, tails=True),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
         "dim96.decode": replace(gathered, d_qk=96, d_vo=96, stages=3, left=True, sinks=True, split=True),
         "dim192x128": replace(causal, d_qk=192),

@@ -1,7 +1,7 @@
 """Hand-overs between warps: named barriers, and the turns of the consumers at the tensor cores."""
 
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
-from flashtile.kernels.hopper.spec import TURN
+from flashtile.kernels.hopper.spec import turn
 
 
 @gluon.jit
@@ -24,14 +24,14 @@ def named_arrive(i, THREADS: gl.constexpr):
 def take_turn(W: gl.constexpr, C: gl.constexpr):
     """Wait until consumer W may issue its products."""
     if C.consumers > 1:
-        named_wait(TURN + W, 256)
+        named_wait(turn(C) + W, 256)
 
 
 @gluon.jit
 def pass_turn(W: gl.constexpr, C: gl.constexpr):
     """Let the next consumer issue its products."""
     if C.consumers > 1:
-        named_arrive(TURN + (W + 1) % C.consumers, 256)
+        named_arrive(turn(C) + (W + 1) % C.consumers, 256)
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ from flashtile.kernels.hopper.compat import (
     reinterpret,
     tma_load,
 )
-from flashtile.kernels.hopper.spec import K_EMPTY, ROWS, V_EMPTY, loader_warps, threads
+from flashtile.kernels.hopper.spec import ROWS, k_empty, loader_warps, threads, v_empty
 
 CHUNK = gl.constexpr(32)  # rows that a gathering loader copies at once: more would cost it registers
 
@@ -200,7 +200,7 @@ def load_k(it, source, smem, bars, base, head, n, kv_len, pages, table, C: gl.co
     bar = bars[2].index(slot)
     if C.gather:
         stash_offsets(source, smem[5].index(0), base, n, pages, table, C)
-    wait_empty(K_EMPTY, it, C)
+    wait_empty(k_empty(C), it, C)
     if C.gather:
         gather_block(source, stage(smem[1], slot), smem[5].index(0), bar, head, kv_len - n * C.block_n, C)
     else:
@@ -217,7 +217,7 @@ def load_v(it, tails, source, smem, bars, base, head, n, kv_len, pages, table, C
     valid = kv_len - n * C.block_n
     if C.gather:
         stash_offsets(source, smem[5].index(1), base, n, pages, table, C)
-    wait_empty(V_EMPTY, it, C)
+    wait_empty(v_empty(C), it, C)
     if C.gather:
         gather_block(source, stage(smem[2], slot), smem[5].index(1), bar, head, valid, C)
     else:

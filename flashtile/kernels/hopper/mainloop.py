@@ -6,8 +6,7 @@ and the
 scale is folded into the exponent: p = exp2(s c - m c).
 
 PIN. The exps of the left half of S come before the wait for P V, those of the right half after it, where the rescaling
-of O and the packing of P fill the gaps of the exp unit. A second wait on a barrier that is already complete (q_full)
-stands
+of O and the packing of P fill the gaps of the exp unit. A second wait on a barrier that is already complete stands
 between them: it costs nothing but ends the basic block, without which ptxas hoists the wait for P V above all exps
 (4..5 % at 4k tokens and more, not causal, H100).
 """
@@ -26,10 +25,9 @@ from flashtile.kernels.hopper.compat import (
 from flashtile.kernels.hopper.epilogue import rescale, store_tile
 from flashtile.kernels.hopper.loader import stage
 from flashtile.kernels.hopper.spec import (
-    K_EMPTY,
     ROWS,
-    V_EMPTY,
     half_first,
+    k_empty,
     masked_loop,
     mma_layout,
     num_pieces,
@@ -37,6 +35,7 @@ from flashtile.kernels.hopper.spec import (
     piece,
     row_layout,
     threads,
+    v_empty,
 )
 
 NEG_INF = gl.constexpr(float("-inf"))
@@ -155,15 +154,35 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
+def rows_of(x, ROW: gl.constexpr):
+    """A value per row as [64, 1, 1, 1]."""
+    return gl.convert_layout(x, ROW, assert_trivial=True)[:, None][:, :, None][:, :, :, None]
+
+
+@gluon.jit
 def mask(s, n, high, low, C: gl.constexpr):
-    """-inf where a key of block n is not visible; K may hold anything there."""
-    S: gl.constexpr = s.type.layout
-    ROW: gl.constexpr = gl.SliceLayout(1, S)
-    keys = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S))[None, :]
-    keep = keys < (gl.convert_layout(high, ROW, assert_trivial=True) - n * C.block_n)[:, None]
+    """-inf where a key of block n is not visible; K may hold anything there.
+
+    S is seen as [64, groups, 4 lanes, 2], as threads hold it: the keys of a thread are then constants, and its lane's
+    offset goes into the bounds. Otherwise the compiler keeps the keys of all its columns in registers, through the
+    loop.
+    """
+    x = gl.reshape(s, [ROWS, s.shape[1] // 8, 4, 2])
+    L: gl.constexpr = x.type.layout
+    GROUPS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, L))
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, L))
+    PAIRS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    ROW: gl.constexpr = gl.SliceLayout(1, GROUPS)
+    groups = gl.arange(0, s.shape[1] // 8, layout=gl.SliceLayout(0, GROUPS))[None, :][:, :, None][:, :, :, None]
+    lanes = gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :][:, None, :][:, :, :, None]
+    pairs = gl.arange(0, 2, layout=gl.SliceLayout(0, PAIRS))[None, :][:, None, :][:, :, None, :]
+    keys = groups * 8 + pairs
+    own = n * C.block_n + lanes * 2
+    keep = keys < rows_of(high, ROW) - own
     if C.left:
-        keep = keep & (keys >= (gl.convert_layout(low, ROW, assert_trivial=True) - n * C.block_n)[:, None])
-    return gl.where(keep, s, NEG_INF)
+        keep = keep & (keys >= rows_of(low, ROW) - own)
+    x = gl.where(keep, x, NEG_INF)
+    return gl.convert_layout(gl.reshape(x, [ROWS, s.shape[1]]), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -217,7 +236,10 @@ def step(
     pass_turn(W, C)
     PV_PRODUCTS: gl.constexpr = len(acc) * (1 if HALF else 2)
     s = warpgroup_mma_wait(PV_PRODUCTS, deps=[s_token])
-    named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
+    named_arrive(k_empty(C) + (it + 1) % C.stages, threads(C))
+    if C.q_slots == 1:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        if n == last - blocks + 1:
+            mbarrier.arrive(bars[1].index(0), count=1)
     s = to_logits(s, cap_scale, C)
     if masked_loop(C):  # noqa: SIM102 (the outer condition is known to the compiler, the inner one is not)
         if (n >= full) | (n < left):
@@ -228,13 +250,24 @@ def step(
     mc = gl.convert_layout(m_new * c, gl.SliceLayout(1, sa.type.layout), assert_trivial=True)[:, None]
     pa = gl.exp2(sa * c - mc)
     l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None] + sum_own(pa)
-    wait_full(bars[0], count, C.q_slots)  # PIN
+    if C.q_slots == 1:  # Q may have been freed, but not this V
+        wait_full(bars[3], it, C.stages)  # PIN
+    else:
+        wait_full(bars[0], count, C.q_slots)  # PIN
     acc = wait_pv(o_token, 0)
-    named_arrive(V_EMPTY + it % C.stages, threads(C))
+    named_arrive(v_empty(C) + it % C.stages, threads(C))
     pb = gl.exp2(sb * c - mc)
     acc = rescale(acc, alpha)
     l += sum_own(pb)
     return acc, pack_p(pa, dtype), pack_p(pb, dtype), m_new, l
+
+
+@gluon.jit
+def free_query(tile, bars, C: gl.constexpr):
+    """After a tile's first S: free Q's only slot, if there is no other S."""
+    if C.q_slots == 1:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        if tile[1] == 1:
+            mbarrier.arrive(bars[1].index(0), count=1)
 
 
 @gluon.jit
@@ -243,9 +276,9 @@ def pass_over(it, bars, W: gl.constexpr, C: gl.constexpr):
     wait_full(bars[2], it + 1, C.stages)
     take_turn(W, C)
     pass_turn(W, C)
-    named_arrive(K_EMPTY + (it + 1) % C.stages, threads(C))
+    named_arrive(k_empty(C) + (it + 1) % C.stages, threads(C))
     wait_full(bars[3], it, C.stages)
-    named_arrive(V_EMPTY + it % C.stages, threads(C))
+    named_arrive(v_empty(C) + it % C.stages, threads(C))
 
 
 @gluon.jit
@@ -276,7 +309,8 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
     s_token = issue_s(stage(q_bufs, W), stage(k_bufs, 0), KEYS, C)
     pass_turn(W, C)
     s = warpgroup_mma_wait(0, deps=[s_token])
-    named_arrive(K_EMPTY, threads(C))
+    named_arrive(k_empty(C), threads(C))
+    free_query(tile, bars, C)
     p_left, p_right, m, l = first_softmax(s, tile, scales, dtype, HALF, C)
     acc = zeros(C)
 
@@ -297,13 +331,17 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
                     pass_over(it, bars, W, C)
                     it += 1
                 begin = blocks
+                if C.q_slots == 1:  # noqa: SIM102
+                    if blocks > 1:
+                        mbarrier.arrive(q_empty.index(0), count=1)
         for j in range(begin, blocks):
             acc, p_left, p_right, m, l = step(
                 it, last - j, q, p_left, p_right, acc, m, l, tile, smem, bars, count, scales, False, W, C
             )
             it += 1
 
-        mbarrier.arrive(q_empty.index(count % C.q_slots), count=1)
+        if C.q_slots > 1:
+            mbarrier.arrive(q_empty.index(count % C.q_slots), count=1)
         done = count
         count += 1
         wait_full(tile_full, count, 4)
@@ -325,13 +363,14 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
         s_token = issue_s(next_q, stage(k_bufs, (it + 1) % C.stages), KEYS, C)
         pass_turn(W, C)
         acc = wait_pv(o_token, len(next_q))
-        named_arrive(V_EMPTY + it % C.stages, threads(C))
+        named_arrive(v_empty(C) + it % C.stages, threads(C))
         it += 1
         store_tile(acc, m * scales[0], l, head_done, ring, done, o_bufs, outputs, W, C)
         acc = zeros(C)
         s = warpgroup_mma_wait(0, deps=[s_token])
         if more:
-            named_arrive(K_EMPTY + it % C.stages, threads(C))
+            named_arrive(k_empty(C) + it % C.stages, threads(C))
+            free_query(tile, bars, C)
         p_left, p_right, m, l = first_softmax(s, tile, scales, dtype, HALF, C)
     if C.o_tma:
         tma_store_wait(0)

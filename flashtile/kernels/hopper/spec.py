@@ -12,8 +12,8 @@ Barriers (mbarriers unless said otherwise):
   k_full, v_full[stage]    loaders (bytes landed)            -> consumers
   tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears it
   tile_full[4]             qk_loader published the next tile  -> consumers
-  K_EMPTY, V_EMPTY + stage named barriers: all consumer threads arrive, the threads of the one loader wait
-  TURN + w                 named barriers (ping-pong): consumer w waits before it issues its products, consumer w - 1
+  k_empty, v_empty + stage named barriers: all consumer threads arrive, the threads of the one loader wait
+  turn + w                 named barriers (ping-pong): consumer w waits before it issues its products, consumer w - 1
                            arrives after issuing its own. So the tensor cores see S0 PV0 S1 PV1 ..., and the softmax of
                            one consumer runs under the products of the other.
 """
@@ -25,10 +25,6 @@ from flashtile.kernels.hopper.compat import gl, gluon
 ROWS = gl.constexpr(64)  # query rows of a consumer: one wgmma
 RING = gl.constexpr(4)  # tiles in the hand-over ring
 WARP = gl.constexpr(32)
-# Named barriers 0..4 belong to Triton's partitions, 16 and up do not exist
-TURN = gl.constexpr(5)
-K_EMPTY = gl.constexpr(8)
-V_EMPTY = gl.constexpr(12)
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,25 @@ def threads(spec):
 
 
 @gluon.constexpr_function
+def turn(spec):
+    """The first of the named barriers, of consumer 0; those before belong to Triton: two, and one for each role but
+    the first."""
+    return 3 + spec.consumers
+
+
+@gluon.constexpr_function
+def k_empty(spec):
+    """The named barrier of K's first stage."""
+    return turn(spec) + spec.consumers
+
+
+@gluon.constexpr_function
+def v_empty(spec):
+    """The named barrier of V's first stage; the last one is below 16 with 3 consumers and 3 stages."""
+    return k_empty(spec) + spec.stages
+
+
+@gluon.constexpr_function
 def masked_loop(spec):
     """Whether blocks after the first one of a tile may hold keys that some row must not see."""
     return spec.left or (spec.right and not spec.aligned)
@@ -97,6 +112,8 @@ def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
         return 168, 232, 104
+    if spec.consumers == 3:  # 14 warps count as 16
+        return 128, 160, 32
     if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
         return 168, 224, 56
     return 168, 232, 40  # 240 and 24 spill in the loaders of causal tiles that are not aligned
@@ -149,3 +166,16 @@ def row_layout(columns=64):
 def p_layout():
     """Registers of P as the left operand of P V."""
     return gl.DotOperandLayout(operand_index=0, parent=mma_layout(64), k_width=2)
+
+
+@gluon.constexpr_function
+def store_layout(columns):
+    """Registers of such an accumulator as it is stored: the same rows, but 8 neighbouring columns to a thread."""
+    wide = [[0, 32 << i] for i in range((columns // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *wide],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, columns],
+    )
