@@ -137,7 +137,9 @@ def choose(
         raise NotImplementedError(f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'")
     # Where one row of tensor-core tiles holds a group, the portable family reads K and V as fast as memory gives them.
     # 64 rows over 4k tokens of 64 requests: 370 us, portable 378; 16 rows by token, causal: 376, portable 416.
-    enough = rows > 16 or (problem.window_right >= 0 and problem.page_size < 8)
+    # 64 rows over 1 x 4k tokens: 20.8 us, portable with deep stages 18.8; by token, 20.4 and 20.8.
+    short = rows <= 64 and _deep_append(problem, work)
+    enough = (rows > 16 and not short) or (problem.window_right >= 0 and problem.page_size < 8)
     if problem.rope is not None:
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
@@ -181,6 +183,8 @@ def hopper(p: Problem, w: Workload) -> Config:
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if pack > 1 and rows > 64 and (p.head_dim_qk, p.head_dim_vo) == (128, 128):
         stages = 3  # bound by memory as much as by products: 64 rows over 64 x 4k tokens 455 us, 486 with 2
+    if pack > 1 and 64 < rows <= 256 and rows * p.num_kv_heads * w.total_kv_len <= 2**24:
+        block_m = 64  # more tiles, less to merge: 64 rows by token over 1 x 4k tokens 23.8 us, 29.1
     if (p.head_dim_qk, p.head_dim_vo) == (64, 64) and pack == 1 and _three_consumers_pay(p, w):
         block_m, stages = 192, 3
     if rows <= 64:  # one consumer: bound by memory
@@ -279,8 +283,17 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
     if sm < (9, 0):
         return Config("portable", 64, 32, group, split_cost=2.0, ctas_per_sm=2)
     if rows <= 64:
-        return Config("portable", 64, 64, group, ctas_per_sm=2)
+        row = Config("portable", 64, 64, group, ctas_per_sm=2)
+        return replace(row, num_stages=5, ctas_per_sm=1, split_cost=2.0, overlap=True) if _deep_append(p, w) else row
     return Config("portable", 128, 64, group, num_warps=8, split_cost=4.0)  # enough rows to be bound by arithmetic
+
+
+def _deep_append(p: Problem, w: Workload) -> bool:
+    """Whether an append is over so few keys that only latency counts: each CTA then keeps many KV blocks in flight."""
+    plain = "plain" == p.k_format == p.v_format and p.rope is None and not p.alibi and p.logits_soft_cap == 0
+    dims = p.head_dim_qk == p.head_dim_vo == 128 and p.window_left < 0 and p.q_dtype != torch.float32
+    few = w.total_kv_len * p.num_kv_heads <= 2**16
+    return plain and dims and few and box_rows(p.page_size, 128) > 0
 
 
 def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
