@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 GRAPH_WARM_UP = 3  # calls before the capture: the first ones compile kernels and fill allocator pools
+SPIN_CYCLES = 2**18  # of an idle kernel, some 0.15 ms, that gives the host time to queue a replay
 WARM_UP_ROUNDS = 3  # untimed rounds; the last one also estimates how many rounds fit the budget
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
@@ -138,9 +139,9 @@ def _rounds_cpu(fns: Mapping[str, Callable[[], object]], budget_ms: float) -> di
 def _rounds_cuda(fns: Mapping[str, Callable[[], object]], cold_l2: bool, budget_ms: float) -> dict[str, list[float]]:
     graphs = {name: _capture(fn) for name, fn in fns.items()}
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    # 4 x L2 and at least 256 MB: the read lasts some 0.1 ms, in which the host can queue the next replay. Writing
-    # would leave
-    # L2 full of dirty lines, and the timed call would pay for their way to memory: 50 MB, some 15 us on an H100.
+    # 4 x L2 and at least 256 MB: the read lasts some 0.1 ms, in which the host can queue the next replay; otherwise the
+    # GPU would wait for it between the events. Writing would leave L2 full of dirty lines, and the timed call would pay
+    # for their way to memory: 50 MB, some 15 us on an H100.
     flush = torch.zeros(max(l2_bytes, 2**26), dtype=torch.int32, device="cuda") if cold_l2 else None
     total = torch.empty((), dtype=torch.int64, device="cuda")
 
@@ -150,6 +151,8 @@ def _rounds_cuda(fns: Mapping[str, Callable[[], object]], cold_l2: bool, budget_
             begin, end = _event(), _event()
             if flush is not None:
                 torch.sum(flush, (), out=total)
+            else:
+                torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
             graphs[name].replay()
             end.record()
