@@ -1,9 +1,8 @@
 """The consumers' loop: S = Q K^T, online softmax and O += P V over the KV blocks of a tile, last block first.
 
 FlashAttention-3's schedule (arXiv:2407.08608), in Gluon. In each step a consumer issues S of block j + 1 and P V of
-block j together, and works on the softmax of S while P V runs. The row maximum is kept in raw q.k (or capped) units
-and the
-scale is folded into the exponent: p = exp2(s c - m c).
+block j together, and works on the softmax of S while P V runs. The row maximum is kept in raw q.k (or capped) units and
+the scale is folded into the exponent: p = exp2(s c - m c).
 
 PIN. The exps of the left half of S come before the wait for P V, those of the right half after it, where the rescaling
 of O and the packing of P fill the gaps of the exp unit. A second wait on a barrier that is already complete stands
