@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashtile import config
-from flashtile.config import HOPPER_DIMS, box_rows, hopper, hopper_refusal
+from flashtile.config import HOPPER_DIMS, Config, box_rows, hopper, hopper_refusal
 from flashtile.kernels.hopper.attention import (
     SHARED_BYTES,
     SMALL_BYTES,
@@ -17,7 +17,7 @@ from flashtile.kernels.hopper.attention import (
     portable_plan,
     shared_bytes,
 )
-from flashtile.kernels.hopper.spec import Spec
+from flashtile.kernels.hopper.spec import Spec, v_empty
 from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem, Workload
@@ -80,6 +80,43 @@ def test_shared_memory(dims: tuple[int, int], qo_len: int, gather: bool) -> None
     c = hopper(Problem(32, 8, *dims, half, half, half), Workload(8, 8 * qo_len, qo_len, 8000, 1000))
     spec = fit(Spec(*dims, c.block_n, c.block_m // 64, c.num_stages, q_slots=2, gather=gather))
     assert shared_bytes(spec) <= SHARED_BYTES - SMALL_BYTES
+
+
+def test_long_tiles_of_head_dim_64_take_three_consumers() -> None:
+    half = torch.bfloat16
+    p = Problem(32, 8, 64, 64, half, half, half, window_right=0)
+    long, short = Workload(4, 4 * 4096, 4096, 4 * 4096, 4096), Workload(16, 16 * 1024, 1024, 16 * 1024, 1024)
+    assert (hopper(p, long).block_m, hopper(p, long).num_stages) == (192, 3)
+    assert hopper(p, short).block_m == 128
+    assert hopper(replace(p, logits_soft_cap=30.0), long).block_m == 128
+    assert hopper(replace(p, page_size=16), long).block_m == 192
+    assert hopper(replace(p, page_size=1), long).block_m == 128
+
+
+def test_stages_are_bounded_by_the_named_barriers() -> None:
+    for block_m, stages in ((64, 4), (128, 4), (192, 3)):
+        c = Config("hopper", block_m, 64, 1, num_stages=stages)
+        spec = Spec(64, 64, c.block_n, block_m // 64, stages, q_slots=2)
+        assert v_empty(spec) + stages <= 16
+        with pytest.raises(ValueError, match="num_stages"):
+            replace(c, num_stages=stages + 1)
+
+
+def test_appends_over_few_keys() -> None:
+    half = torch.bfloat16
+    p = Problem(32, 8, 128, 128, half, half, half, page_size=16, window_right=0)
+
+    def chosen(p: Problem, qo_len: int, kv_len: int) -> tuple[str, int, int]:
+        c = config.choose(p, Workload(1, qo_len, qo_len, kv_len, kv_len), torch.device("cuda"))
+        return c.family, c.block_m, c.num_stages
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "capability", lambda device: (9, 0))
+        patch.setattr(config, "num_sms", lambda device: 132)
+        assert chosen(p, 16, 4096) == ("portable", 64, 5)
+        assert chosen(replace(p, page_size=1), 16, 4096)[0] == chosen(p, 16, 32768)[0] == "hopper"
+        assert chosen(p, 64, 4096)[:2] == ("hopper", 64)
+        assert chosen(p, 64, 32768)[:2] == ("hopper", 128)
 
 
 def test_refusals() -> None:
