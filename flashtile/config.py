@@ -137,7 +137,7 @@ def choose(
         raise NotImplementedError(f"backend 'fa3': the Hopper family cannot serve this: {refusal}; use backend='auto'")
     # Where one row of tensor-core tiles holds a group, the portable family reads K and V as fast as memory gives them.
     # 64 rows over 4k tokens of 64 requests: 370 us, portable 378; 16 rows by token, causal: 376, portable 416.
-    # 64 rows over 1 x 4k tokens: 20.8 us, portable with deep stages 18.8; by token, 20.4 and 20.8.
+    # 64 rows over 1 x 4k tokens: 20.8 us, portable with deep stages 18.8; by token 20.4, 20.8.
     short = rows <= 64 and _deep_append(problem, work)
     enough = (rows > 16 and not short) or (problem.window_right >= 0 and problem.page_size < 8)
     if problem.rope is not None:
@@ -182,9 +182,9 @@ def hopper(p: Problem, w: Workload) -> Config:
     )
     pack = group if group > 1 and w.max_qo_len <= 64 else 1
     if pack > 1 and rows > 64 and (p.head_dim_qk, p.head_dim_vo) == (128, 128):
-        stages = 3  # bound by memory as much as by products: 64 rows over 64 x 4k tokens 455 us, 486 with 2
-    if pack > 1 and 64 < rows <= 256 and rows * p.num_kv_heads * w.total_kv_len <= 2**24:
-        block_m = 64  # more tiles, less to merge: 64 rows by token over 1 x 4k tokens 23.8 us, 29.1
+        stages = 3  # bound by memory as much as by products: 64 tokens over 64 x 4k 455 us, 486 with 2
+        if _few_tiles(p, w) and rows * p.num_kv_heads * w.total_kv_len <= 2**24:
+            block_m = 64  # more tiles, less to merge: 64 tokens over 1 x 4k 23.8 us, 29.1; over 1 x 32k 81, 69
     if (p.head_dim_qk, p.head_dim_vo) == (64, 64) and pack == 1 and _three_consumers_pay(p, w):
         block_m, stages = 192, 3
     if rows <= 64:  # one consumer: bound by memory
@@ -194,7 +194,7 @@ def hopper(p: Problem, w: Workload) -> Config:
     uneven = p.window_right >= 0 or w.nnz_qo < w.batch_size * w.max_qo_len
     head_bytes = w.max_kv_len * (p.head_dim_qk + p.head_dim_vo) * p.q_dtype.itemsize
     section = max(min(512, 2**25 // max(head_bytes, 1) * max(rows // 128, 1)), 1)
-    if w.max_kv_len <= 1024:  # by head; but 32 x 512 tokens of MHA, 4 heads together: 201 us, 217 one by one, 237 by 16
+    if w.max_kv_len <= 1024:  # by head; but 32 x 512 tokens of MHA, 4 heads together 201 us, one by one 217, 16: 237
         section = 16 if w.max_kv_len <= 512 else 1
     return Config(
         "hopper", block_m, block_n, pack, num_stages=stages, heads_per_item=group // pack,
@@ -292,8 +292,13 @@ def _deep_append(p: Problem, w: Workload) -> bool:
     """Whether an append is over so few keys that only latency counts: each CTA then keeps many KV blocks in flight."""
     plain = "plain" == p.k_format == p.v_format and p.rope is None and not p.alibi and p.logits_soft_cap == 0
     dims = p.head_dim_qk == p.head_dim_vo == 128 and p.window_left < 0 and p.q_dtype != torch.float32
-    few = w.total_kv_len * p.num_kv_heads <= 2**16
+    few = _few_tiles(p, w) and w.total_kv_len * p.num_kv_heads <= 2**16
     return plain and dims and few and box_rows(p.page_size, 128) > 0
+
+
+def _few_tiles(p: Problem, w: Workload) -> bool:
+    """Whether packed rows fill so few tiles of 64 that most SMs would be idle, were these not cut along KV."""
+    return w.batch_size * p.num_kv_heads * -(-w.max_qo_len * p.group_size // 64) <= 32
 
 
 def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:

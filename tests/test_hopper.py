@@ -117,6 +117,8 @@ def test_appends_over_few_keys() -> None:
         assert chosen(replace(p, page_size=1), 16, 4096)[0] == chosen(p, 16, 32768)[0] == "hopper"
         assert chosen(p, 64, 4096)[:2] == ("hopper", 64)
         assert chosen(p, 64, 32768)[:2] == ("hopper", 128)
+        many = Workload(64, 64 * 16, 16, 64 * 128, 128)
+        assert config.choose(p, many, torch.device("cuda")).family == "hopper"
 
 
 def test_refusals() -> None:

@@ -749,6 +749,7 @@ def compile_cases() -> list[CompileCase]:
             *[_case(f"decode.dim{d}", sm, half, 1, page_size=16, head_dim_qk=d, head_dim_vo=d)
               for d in (64, 96, 256, 512)],
             _case("append", sm, half, 8, page_size=16, window_right=0),
+            _case("append.few_keys", sm, half, 16, batch_size=1, kv_len=4096, page_size=16, window_right=0),
             _case("prefill.ragged", sm, half, 1024, window_right=0),
             _case("prefill.full", sm, half, 1024, page_size=16),
             _case("prefill.variants", sm, half, 1024, page_size=16, window_left=512, window_right=0,
