@@ -90,7 +90,9 @@ def decode(case: AttentionBench, device: torch.device, overrides: Overrides, wit
     others = _dense_cache_rivals(case, q) if with_rivals else {}
     scales = {}
     if case.kv_dtype in ("int8", "int4"):
-        scales = {name: torch.rand(cache[0].shape[:-1], device=device) / 32 for name in ("k_scale", "v_scale")}
+        shape = (case.num_kv_heads,) if case.scales == "head" else cache[0].shape[:-1]
+        dtype = torch.float16 if case.scales == "fp16" else torch.float32
+        scales = {name: (torch.rand(shape, device=device) / 32).to(dtype) for name in ("k_scale", "v_scale")}
     return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out, **scales)}, others)
 
 

@@ -224,16 +224,23 @@ def _with_rope(p: Problem, w: Workload, row: Config, sm: tuple[int, int], sms: i
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:
         return row
-    if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:  # one CTA an SM: more warps to hide the rotation
-        if sm >= (9, 0) and w.total_kv_len * p.num_kv_heads >= 512 * sms:
-            # 16 x 4k tokens: 101 us, by 64 tokens 116, without a rope 96; 1 x 16k: 37, 39 and 33
-            return replace(row, block_n=128, num_warps=8, max_registers=255)
-        return replace(row, block_n=64, num_warps=8, max_registers=168)
+    if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:
+        if sm >= (9, 0) and _keys_per_sm(p, w, sms) >= 384:
+            # 16 x 4k tokens 97.9 us, without a rope 95.6, by 8 warps and 64 tokens 116; 1 x 16k 34.5, 32.3, 39
+            warps = 8 if p.quantised or p.page_size == 1 else 4  # 4 would spill
+            return replace(row, block_n=128, num_warps=warps, num_stages=5, max_registers=255)
+        return replace(row, block_n=64, num_warps=8, max_registers=168)  # more warps to hide the rotation
     if row.block_m == 16 and wide <= 128:
-        # two KV blocks of half the rows in flight are the bytes of one whole. 128 registers keep four CTAs an SM, 168
-        # three; they are said, since ptxas left alone spills a few bytes
         fits = not p.quantised and p.window_left < 0 and not p.logits_soft_cap
-        return replace(row, block_n=32, num_stages=5, max_registers=128 if fits else 168)
+        if fits and sm >= (9, 0):
+            # 64 x 4k tokens: 368 us, with 128 registers 371, without a rope 358, by four warps 374; 256 x 1k: 368 with
+            # 128 registers, of which more CTAs run at once, 385 with 168
+            many = w.batch_size * p.num_kv_heads > 8 * sms
+            row = replace(row, block_n=32, num_warps=2, num_stages=3)
+            return replace(row, ctas_per_sm=8 if many else 6, max_registers=128 if many else 168)
+        # two KV blocks of half the rows in flight are the bytes of one whole; ptxas left alone spills a few bytes
+        row = replace(row, block_n=32, num_warps=4, num_stages=5, max_registers=128 if fits else 168)
+        return replace(row, ctas_per_sm=min(row.ctas_per_sm, 4))
     if row.block_m > 16 and wide > 256:
         return replace(row, block_m=16, block_n=16)
     if row.block_m == 64 and sm < (9, 0):
@@ -264,15 +271,20 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
             variant = p.window_left >= 0 or p.window_right >= 0 or p.logits_soft_cap > 0  # its registers would spill
             if whole and narrow and not variant and sm >= (9, 0):
                 return _narrow_row(p, w, sms)
-            if w.batch_size * p.num_kv_heads <= 2 * sms:
+            tiles = w.batch_size * p.num_kv_heads
+            if tiles <= 2 * sms:
                 # few tiles: two KV blocks in flight keep one CTA an SM at 84 % of the copy rate (H100, 16 x 4k tokens),
                 # where twice the CTAs, each with one block in flight, lose 4 % to the merge
                 row = Config("portable", 16, block_n, group, num_stages=5, split_cost=2.0, overlap=overlap)
-                # long ones, longer steps: 16 x 4k tokens 96 us, 98 by 64; 16 x 16k 357, 366; but 1 x 4k 16.9, 16.3
-                longer = whole and not variant and w.total_kv_len * p.num_kv_heads >= 2048 * sms
-                return replace(row, block_n=128, max_registers=168) if longer and sm >= (9, 0) else row
-            # many tiles: four CTAs an SM hold 64 x 8 tiles at once; 370 us for 64 x 4k tokens where two take 386
-            return Config("portable", 16, block_n, group, num_stages=3, ctas_per_sm=4, split_cost=2.0, overlap=overlap)
+                row = replace(row, max_registers=168) if sm >= (9, 0) else row  # else ptxas spills to keep to 128
+                # more to read, longer steps: 16 x 4k tokens 96 us, 98 by 64; 8 x 1k 21.2, 21.7; but 1 x 1k of 32 heads
+                # 15.5, 15.1, and 32 x 2k, of more tiles than SMs, 98.2, 96.7
+                longer = whole and not variant and tiles <= sms and _keys_per_sm(p, w, sms) >= 384
+                return replace(row, block_n=128) if longer and sm >= (9, 0) else row
+            # many tiles: CTAs that wait for one another as little as can be; 64 x 4k tokens 358 us, by four warps 360,
+            # 64 x 1k 95.8, 96.5
+            row = Config("portable", 16, block_n, group, num_stages=3, ctas_per_sm=4, split_cost=2.0, overlap=overlap)
+            return replace(row, num_warps=2, max_registers=255) if whole and sm >= (9, 0) else row
         if wide <= 256:
             return Config("portable", 16, 32, group, num_warps=8, num_stages=5, ctas_per_sm=2, overlap=overlap)
         return Config("portable", 16, 16, group, num_warps=8, num_stages=3, overlap=overlap)
@@ -296,40 +308,48 @@ def _deep_append(p: Problem, w: Workload) -> bool:
     return plain and dims and few and box_rows(p.page_size, 128) > 0
 
 
+def _keys_per_sm(p: Problem, w: Workload, sms: int) -> float:
+    """Keys of all KV heads that an SM reads."""
+    return w.total_kv_len * p.num_kv_heads / sms
+
+
 def _few_tiles(p: Problem, w: Workload) -> bool:
     """Whether packed rows fill so few tiles of 64 that most SMs would be idle, were these not cut along KV."""
     return w.batch_size * p.num_kv_heads * -(-w.max_qo_len * p.group_size // 64) <= 32
 
 
 def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
-    """Decode over caches of 8 and 4 bits: a step of 64 tokens is few bytes, so steps are longer (H100, 32/8 heads,
-    page 16, in us; benchmarks/results/h100_decode_narrow.jsonl and, for several heads, h100_decode_variants.jsonl)."""
+    """Decode over caches of 8 and 4 bits (H100, 32/8 heads, us; benchmarks/results/h100_decode_narrow.jsonl). A step is
+    few bytes, so few tiles take long steps, and many tiles small CTAs: one or two warps wait for less."""
     row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0, overlap=True)
-    formats = {p.k_format, p.v_format}
-    int4 = formats == {"int4"}
-    few_tiles = w.batch_size * p.num_kv_heads <= 2 * sms
-    if few_tiles:  # 16 x 4k tokens: fp8 55, int8 57; 64 tokens a step 68 and 101. int4 43, one CTA an SM 50
-        return replace(row, raw=True, ctas_per_sm=2) if int4 and p.rope is None else row
+    int4 = {p.k_format, p.v_format} == {"int4"}
+    fp8 = not {p.k_format, p.v_format} & {"int8", "int4"}
+    tiles = w.batch_size * p.num_kv_heads
+    raw = p.rope is None
+    if tiles <= 2 * sms:
+        if int4:  # 16 x 4k tokens 43, by one CTA an SM 54
+            return replace(row, raw=raw, ctas_per_sm=2) if raw else row
+        scattered = p.page_size == 1 or (p.num_kv_heads > 8 and not p.kv_heads_first)
+        if not fp8 and scattered:  # each scale is read from a place of its own: 1 x 16k tokens of 32 heads 61, 78
+            return replace(row, block_n=64, num_warps=2, ctas_per_sm=4)
+        # 16 x 4k tokens: fp8 53.9, int8 56.0; by 5 stages 55.5, 57.8; but 1 x 4k of 32 heads 21.8, 21.6
+        return replace(row, num_stages=7 if raw and _keys_per_sm(p, w, sms) >= 2048 else 5, max_registers=168)
+    many = tiles > 8 * sms  # more than run at once; by fewer stages more do
+    if fp8:  # 64 x 4k tokens 187, by four warps 191; 256 x 1k 191, 198; 64 x 16k 718, 737
+        row = replace(row, block_n=32, num_warps=2, max_registers=128)
+        return replace(row, num_stages=3, ctas_per_sm=8) if many else replace(row, ctas_per_sm=4)
+    if not raw:
+        return replace(row, num_stages=3, ctas_per_sm=4, block_n=128 if int4 else 64)
+    if not int4:  # 64 x 4k tokens 195, by four warps 205; 256 x 1k 200, 212. 6 stages, not 5: see attention.suited
+        return replace(row, block_n=16, num_warps=1, num_stages=6 if many else 5, ctas_per_sm=8, max_registers=192)
     together = p.kv_heads_first and p.page_size != 1  # rows of one head, of which a step reads whole pages
-    if not formats & {"int8", "int4"}:
-        # by 128 tokens and by 64: HND pages 186 and 189 us for 64 x 4k tokens, 188 and 195 for 256 x 1k; pages of one
-        # token 192 and 196, 200 and 204; NHD pages of 16 192 and 191, 197 and 198, but 750 and 738 for 64 x 16k
-        longer = (together or p.page_size == 1) and min(p.head_dim_qk, p.head_dim_vo) >= 64
-        return replace(row, block_n=128 if longer else 64, num_stages=3, ctas_per_sm=4, max_registers=128)
-    # A row of one head is 128 bytes, or 64: CTAs of several heads read more at a place, and numbers that are multiplied
-    # as they are leave time for it. 64 x 4k / 64 x 16k tokens: int4 by 4 heads 128 / 444, by 2 165 / 605, alone 132 /
-    # 560, but at 64 x 1k 46 and 39; int8 by 2 heads 200 / 748, alone 220 / 845, but of 32 KV heads 915 and 850
-    heads = 4 if int4 else 2
-    long = w.total_kv_len * p.num_kv_heads >= 8192 * sms
-    at_once = w.batch_size * p.num_kv_heads <= 2 * heads * sms
-    # HND pages, 64 x 4k / 64 x 16k / 256 x 1k tokens: int4 alone 111 / 409 / 122, by 4 heads 121 / 411 / 124
-    if int4 and long and together and p.rope is None:
-        return replace(row, ctas_per_sm=4, raw=True)
-    if p.rope is None and p.num_kv_heads % heads == 0 and (long if int4 else at_once):
-        return replace(row, block_n=64, ctas_per_sm=2, ways=4, heads=heads, raw=True)
-    if int4:  # 64 x 4k tokens: 132; 64 tokens a step 182
-        return replace(row, num_stages=3, ctas_per_sm=4)
-    return replace(row, block_n=64, num_stages=3, ctas_per_sm=4)
+    row = replace(row, block_n=32, max_registers=192, raw=True)
+    if not together and p.num_kv_heads % 2 == 0 and _keys_per_sm(p, w, sms) >= 8192:
+        # a row of one head is 64 bytes: CTAs of two heads read whole lines. 64 x 4k / 64 x 16k / 256 x 1k tokens 120 /
+        # 431 / 124, by one warp and head 128 / 534 / 129
+        return replace(row, num_warps=2, ctas_per_sm=4, ways=2, heads=2)
+    # HND pages, 64 x 4k / 64 x 16k / 256 x 1k tokens: 111 / 404 / 114, by two warps and 128 tokens 110 / 404 / 122
+    return replace(row, num_warps=1, ctas_per_sm=16 if many else 8)
 
 
 @dataclass(frozen=True)

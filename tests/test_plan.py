@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from flashtile.config import Config
 from flashtile.plan.plan import Lengths, make_plan
 from flashtile.plan.problem import Problem
-from flashtile.plan.worklist import ITEM_FIELDS, MERGE_FIELDS, Tiling, WorkList, choose_chunk, make_worklist, take_turns
+from flashtile.plan.worklist import (
+    ITEM_FIELDS,
+    MERGE_FIELDS,
+    Tiling,
+    WorkList,
+    choose_chunk,
+    lone_tile,
+    make_worklist,
+    take_turns,
+)
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 3000)), min_size=1, max_size=12)
 TILINGS = st.builds(
@@ -123,6 +132,7 @@ def test_each_tile_has_one_turn(lengths, capacity, heads_per_item, section_tiles
         for head in (heads[:1] if pack_decode and qo_len == 1 else heads)
     ]
     assert sorted(turns[turns >= 0]) == tiles
+    assert not tiles or list(turns[0]) == tiles[: turns.shape[1]], "the first one is known"
     for cta in turns.T:
         taken = np.flatnonzero(cta >= 0)
         assert list(taken) == list(range(len(taken))), "a CTA takes its tiles without a pause"
@@ -148,6 +158,36 @@ def test_head_sections_cover_each_head_once() -> None:
     for tile in {(r, b) for r, b in zip(items["request"], items["row_begin"], strict=True)}:
         at = (items["request"] == tile[0]) & (items["row_begin"] == tile[1])
         assert sorted(items["head_begin"][at]) == [0, 8, 16, 24]
+
+
+@pytest.mark.parametrize("window_left", [-1, 100])
+@pytest.mark.parametrize("kv_chunk", [0, 64])
+@pytest.mark.parametrize("kv_len", [0, 1, 300, 320])
+def test_a_lone_tile_says_what_its_items_say(kv_len: int, kv_chunk: int, window_left: int) -> None:
+    tiling = Tiling(16, 32, 4, 2, 2, 132, kv_chunk=kv_chunk)
+    work, items, _ = worklist([(3, kv_len)], tiling, window_left, 0)
+    lone = lone_tile(work.items, tiling)
+    assert lone is not None
+    begin = lone.begin + np.arange(len(work.items)) * lone.chunk
+    assert np.array_equal(begin, items["kv_begin"])
+    assert np.array_equal(np.minimum(begin + lone.chunk, lone.end), items["kv_end"])
+    assert np.array_equal(items["slot"], np.arange(len(work.items)) if len(work.items) > 1 else [-1])
+    for name in ("qo_len", "kv_base", "kv_len"):
+        assert (items[name] == getattr(lone, name)).all()
+
+
+@pytest.mark.parametrize("requests", [[(3, 50), (1, 50)], [(0, 50), (3, 50)], [(5, 50)]])
+def test_several_tiles_are_not_a_lone_one(requests: list[tuple[int, int]]) -> None:
+    tiling = Tiling(16, 32, 4, 2, 2, 132)
+    work, _, _ = worklist(requests, tiling, -1, 0)
+    assert lone_tile(work.items, tiling) is None
+    assert lone_tile(work.items[:0], tiling) is None
+
+
+def test_a_persistent_grid_reads_its_items() -> None:
+    tiling = Tiling(16, 32, 4, 2, 2, 132, persistent=True)
+    work, _, _ = worklist([(3, 50)], tiling, -1, 0)
+    assert lone_tile(work.items, tiling) is None
 
 
 def test_plan_prints_and_sizes_its_workspace() -> None:

@@ -4,7 +4,7 @@ FlashAttention-2 (arXiv:2307.08691) with a work list: prefill, append and decode
 the items of the list and in the small functions of kv.py and variants.py that are passed in.
 """
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -302,12 +302,16 @@ def load_parts(q_ptr, rows, valid, PARTS_OF: tl.constexpr, WIDTH: tl.constexpr, 
     return out
 
 
-@triton.jit
+LONE = ("lone_qo_len", "lone_kv_base", "lone_kv_len", "lone_begin", "lone_end", "lone_chunk")  # fields of LoneTile
+
+
+@triton.jit(do_not_specialize=LONE)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, items_ptr, kv_indices_ptr, sinks_ptr,
     table_ptr, k_scale, v_scale, k_zero, v_zero,
     stride_qn, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh, stride_on, stride_oh,
     sm_scale, out_scale, soft_cap, window_left, window_right, num_qo_heads,
+    lone_qo_len, lone_kv_base, lone_kv_len, lone_begin, lone_end, lone_chunk,
     KV_ROW: tl.constexpr, COS_SIN: tl.constexpr, LOGITS: tl.constexpr, SLOPES: tl.constexpr, SHIFTED: tl.constexpr,
     K_GAIN: tl.constexpr, K_DECODE: tl.constexpr, V_DECODE: tl.constexpr, K_FORM: tl.constexpr,
     V_FORM: tl.constexpr, K_BIAS: tl.constexpr, V_BIAS: tl.constexpr, K_OFFSET: tl.constexpr, V_OFFSET: tl.constexpr,
@@ -318,24 +322,34 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WAYS: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
     ONE_LOOP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One CTA per (item, HEADS head groups). lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M
-    (, D_VO)]. With HEADS > 1, a head group is all heads of a KV head.
+    """One CTA per (item, HEADS head groups); without items_ptr the items are the chunks of a LoneTile.
+
+    lse [nnz_qo, num_qo_heads]; partial states [slot, head group, BLOCK_M (, D_VO)]. With HEADS > 1, a head group is all
+    heads of a KV head.
 
     A row of K (half a row, if there is a COS_SIN) is K_WIDTH elements of k_ptr, each with K_PARTS values. table_ptr:
     the frequencies for COS_SIN, or with SLOPES a slope per query head. SHIFTED: LOGITS leaves lse_shift to be added.
     k_scale ... v_zero: (pointer, strides of a page, a row and a head, for "group" also a group), or (pointer, stride of
     a head) for "head"; None if there is none.
     """
-    item = items_ptr + tl.program_id(1).to(tl.int64) * ITEM
-    q_begin = tl.load(item + 1)
-    qo_len = tl.load(item + 2)
-    row_begin = tl.load(item + 3)
-    kv_base = tl.load(item + 4)
-    kv_len = tl.load(item + 5)
-    begin = tl.load(item + 6)
-    end = tl.load(item + 7)
-    slot = tl.load(item + 8)
-    head_group = (tl.load(item + 9) + tl.program_id(0)) * HEADS
+    if items_ptr is None:
+        q_begin, row_begin = 0, 0
+        qo_len, kv_base, kv_len = lone_qo_len, lone_kv_base, lone_kv_len
+        begin = lone_begin + tl.program_id(1) * lone_chunk
+        end = tl.minimum(begin + lone_chunk, lone_end)
+        slot = tl.where(tl.num_programs(1) > 1, tl.program_id(1), -1)
+        head_group = tl.program_id(0) * HEADS
+    else:
+        item = items_ptr + tl.program_id(1).to(tl.int64) * ITEM
+        q_begin = tl.load(item + 1)
+        qo_len = tl.load(item + 2)
+        row_begin = tl.load(item + 3)
+        kv_base = tl.load(item + 4)
+        kv_len = tl.load(item + 5)
+        begin = tl.load(item + 6)
+        end = tl.load(item + 7)
+        slot = tl.load(item + 8)
+        head_group = (tl.load(item + 9) + tl.program_id(0)) * HEADS
     kv_head = (head_group * PACK // GROUP).to(tl.int64)
 
     r = tl.arange(0, HEADS * BLOCK_M)
@@ -476,25 +490,31 @@ def attention_kernel(
         tl.store(lse_ptr + q_row * num_qo_heads + head, lse, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lone_qo_len", "lone_kv_len", "lone_slots"])
 def merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, merges_ptr, sinks_ptr, slopes_ptr, stride_on, stride_oh,
-    num_qo_heads, ROWS, PACK: tl.constexpr, SINKS: tl.constexpr, SHIFTED: tl.constexpr, D_VO: tl.constexpr,
+    num_qo_heads, ROWS, lone_qo_len, lone_kv_len, lone_slots,
+    PACK: tl.constexpr, SINKS: tl.constexpr, SHIFTED: tl.constexpr, D_VO: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One CTA per (BLOCK_R packed rows of a split tile, head group): joins the partial states of the rows' KV chunks.
+    Without merges_ptr, the tile is a LoneTile.
 
     ROWS: packed rows of the tallest tile, at most BLOCK_M.
     """
     blocks = tl.cdiv(ROWS, BLOCK_R)
-    merge = merges_ptr + (tl.program_id(1) // blocks).to(tl.int64) * MERGE
     r = tl.program_id(1) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    q_begin = tl.load(merge)
-    qo_len = tl.load(merge + 1)
-    row = tl.load(merge + 2) + r
-    slot_begin = tl.load(merge + 3).to(tl.int64)
-    num_slots = tl.load(merge + 4)
-    kv_len = tl.load(merge + 5)
+    if merges_ptr is None:
+        q_begin, row, qo_len, kv_len, num_slots = 0, r, lone_qo_len, lone_kv_len, lone_slots
+        slot_begin = tl.full((), 0, tl.int64)
+    else:
+        merge = merges_ptr + (tl.program_id(1) // blocks).to(tl.int64) * MERGE
+        q_begin = tl.load(merge)
+        qo_len = tl.load(merge + 1)
+        row = tl.load(merge + 2) + r
+        slot_begin = tl.load(merge + 3).to(tl.int64)
+        num_slots = tl.load(merge + 4)
+        kv_len = tl.load(merge + 5)
     head_group = tl.program_id(0)
     token = row // PACK
     head = head_group * PACK + row % PACK
@@ -538,7 +558,7 @@ def launch_merge(
     plan: Plan, out: torch.Tensor, lse: torch.Tensor, workspace: torch.Tensor, sinks: torch.Tensor | None
 ) -> None:
     """Join the partial states that any family left in the workspace."""
-    p, c = plan.problem, plan.config
+    p, c, lone = plan.problem, plan.config, plan.lone
     partial, partial_lse = plan.partials(workspace)
     block_dv = triton.next_power_of_2(p.head_dim_vo)
     rows = min(c.block_m, plan.work.max_qo_len * c.pack)
@@ -547,9 +567,10 @@ def launch_merge(
     block_r = 1 if groups * plan.num_merges * rows < MANY_CTAS else max(MERGE_ELEMENTS // (block_dv * block_s), 1)
     block_r = min(block_r, triton.next_power_of_2(rows))
     merge_kernel[(groups, plan.num_merges * triton.cdiv(rows, block_r))](
-        partial, partial_lse, out, lse, plan.merges, sinks if sinks is not None else lse, plan.table,
-        out.stride(0), out.stride(1), p.num_qo_heads, rows, PACK=c.pack, SINKS=sinks is not None, SHIFTED=p.alibi_shift,
-        D_VO=p.head_dim_vo, BLOCK_DV=block_dv, BLOCK_M=c.block_m, BLOCK_S=block_s, BLOCK_R=block_r, OVERLAP=c.overlap,
+        partial, partial_lse, out, lse, None if lone else plan.merges, sinks if sinks is not None else lse, plan.table,
+        out.stride(0), out.stride(1), p.num_qo_heads, rows, *((lone.qo_len, lone.kv_len) if lone else (0, 0)),
+        plan.num_slots, PACK=c.pack, SINKS=sinks is not None, SHIFTED=p.alibi_shift, D_VO=p.head_dim_vo,
+        BLOCK_DV=block_dv, BLOCK_M=c.block_m, BLOCK_S=block_s, BLOCK_R=block_r, OVERLAP=c.overlap,
         num_warps=4, launch_pdl=c.overlap,
     )  # fmt: skip
 
@@ -577,10 +598,12 @@ def run(
     v_strides = v.stride()[:-1] if p.paged else (0, *v.stride()[:-1])
     if plan.num_items:
         attention_kernel[(p.num_qo_heads // c.pack // c.heads, plan.num_items)](
-            q, k, v, out, lse, partial, partial_lse, plan.items, plan.kv_indices, sinks if sinks is not None else lse,
-            plan.table, *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
+            q, k, v, out, lse, partial, partial_lse, None if plan.lone else plan.items, plan.kv_indices,
+            sinks if sinks is not None else lse, plan.table,
+            *(factor_argument(f, p) for f in (scales.k, scales.v, scales.k_zero, scales.v_zero)),
             q.stride(0), q.stride(1), *k_strides, *v_strides, out.stride(0), out.stride(1),
             sm_scale, scales.out, p.logits_soft_cap, p.window_left, p.window_right, p.num_qo_heads,
+            *(astuple(plan.lone) if plan.lone else (0,) * len(LONE)),
             **constexprs(p, c, sinks is not None, k_strides == v_strides, scales),
             num_warps=c.num_warps, num_stages=c.num_stages, maxnreg=c.max_registers,
         )  # fmt: skip
@@ -589,12 +612,23 @@ def run(
 
 
 def suited(c: Config, scales: Scales) -> Config:
-    """The plan's configuration, or one with the same items and partial states, where scales take the registers that it
-    would need: one head a CTA if they come in groups, short steps for fp8 with a scale per token or group."""
-    forms = {factor.form for factor in (scales.k, scales.v) if factor is not None}
-    if c.heads > 1 and "group" in forms:
-        return replace(c, heads=1, ways=1, raw=False, num_stages=3)
-    if c.max_registers == 128 and forms & {"token", "group"}:
+    """The plan's configuration, or one with the same items and partial states that suits the scales better.
+
+    Scales in groups take registers that one or two warps do not have. Scales of 2 bytes are not copied ahead
+    (cp.async takes 4 at least), so that steps of one warp are best: int4, 64 x 4k tokens 120 us, 148 by two heads.
+    Where many tokens' scales are not read, two warps are best: int8, 256 x 1k tokens 193 us, 195 by one.
+    """
+    factors = [factor for factor in (scales.k, scales.v) if factor is not None]
+    each = [factor for factor in factors if factor.form != "head"]
+    if any(factor.form == "group" for factor in factors):
+        if c.num_warps > 2:
+            return replace(c, num_stages=min(c.num_stages, 5), max_registers=255) if c.block_m == 16 else c
+        return replace(c, heads=1, ways=1, raw=False, num_warps=4, block_n=64, num_stages=3, max_registers=None)
+    if c.num_warps <= 2 and c.ctas_per_sm > 1 and any(factor.values.itemsize == 2 for factor in each):
+        return replace(c, heads=1, ways=1, num_warps=1, block_n=32, num_stages=5, max_registers=None)
+    if c.num_warps == 1 and c.num_stages == 6 and not each:
+        return replace(c, num_warps=2, block_n=32, num_stages=3, max_registers=128)
+    if c.num_warps == 2 and c.max_registers == 128 and each:
         return replace(c, block_n=64, max_registers=None)
     return c
 
@@ -769,7 +803,28 @@ def compile_cases() -> list[CompileCase]:
             *[_case(f"decode.{cache}.{form}.page{page}.b64", sm, half, 1, _scales(form), 64, 4096, page_size=page,
                     kv_dtype=cache_dtype)
               for cache, cache_dtype in (("int8", torch.int8), ("int4", torch.uint8))
-              for form, page in (("token", 16), ("token", 1), ("zero", 16), ("head", 16), ("group", 16))],
+              for form, page in (("token", 16), ("token", 1), ("zero", 16), ("head", 16), ("group", 16),
+                                 ("half", 16))],
+            *[_case(f"decode.{cache}.{form}.page{page}.b256", sm, half, 1, _scales(form), 256, 1024, page_size=page,
+                    kv_dtype=cache_dtype)
+              for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2),
+                                         ("int8", torch.int8), ("int4", torch.uint8))
+              for page in (1, 16) for form in ("head", "token", "zero", "group", "half")],
+            *[_case(f"decode.page{n}.b64{name}", sm, half, 1, batch_size=64, kv_len=4096, page_size=n, **fields)
+              for n in (1, 16)
+              for name, fields in (("", {}), (".mha", {"num_kv_heads": 32}), (".group8", {"num_kv_heads": 4}),
+                                   (".window", {"window_left": 512}), (".cap", {"logits_soft_cap": 30.0}),
+                                   (".dim64", {"head_dim_qk": 64, "head_dim_vo": 64}), (".alibi", {"alibi": True}))],
+            *[_case(f"decode.{cache}.{form}.window.b64", sm, half, 1, _scales(form), 64, 4096, page_size=16,
+                    kv_dtype=cache_dtype, window_left=512)
+              for cache, cache_dtype, form in (
+                  ("e4m3", torch.float8_e4m3fn, "head"), ("e5m2", torch.float8_e5m2, "group"),
+                  ("int8", torch.int8, "token"), ("int4", torch.uint8, "zero"),
+              )],
+            *[_case(f"decode.mha.{cache}.{form}", sm, half, 1, _scales(form), 1, 16384, page_size=16, num_kv_heads=32,
+                    kv_dtype=cache_dtype)
+              for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int8", torch.int8), ("int4", torch.uint8))
+              for form in ("head", "token", "zero", "group", "half")],
             *[_case(f"decode.{cache}.{form}.{layout}.b64", sm, half, 1, _scales(form), 64, 4096, page_size=page,
                     kv_dtype=cache_dtype, kv_heads_first=layout == "hnd")
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2),
@@ -807,6 +862,12 @@ def compile_cases() -> list[CompileCase]:
                     rope=Rope())
               for cache, cache_dtype, form in (("e5m2", torch.float8_e5m2, "head"), ("int8", torch.int8, "zero"),
                                                ("int4", torch.uint8, "group"))],
+            *[_case(f"decode.rope.{cache}.{form}.b64", sm, half, 1, _scales(form), 64, 4096, page_size=16,
+                    kv_dtype=cache_dtype, rope=Rope())
+              for cache, cache_dtype, form in (
+                  ("e4m3", torch.float8_e4m3fn, "head"), ("e5m2", torch.float8_e5m2, "group"),
+                  ("int8", torch.int8, "zero"), ("int4", torch.uint8, "half"), ("int4", torch.uint8, "group"),
+              )],
             *[_case(f"append.rope.dim{d}", sm, half, 8, page_size=16, rope=Rope(), window_right=0, head_dim_qk=d,
                     head_dim_vo=d) for d in (128, 256, 512)],
             *[_case(f"{name}.{mode}", sm, half, qo_len, page_size=16, **mode_fields, **fields)
@@ -818,7 +879,8 @@ def compile_cases() -> list[CompileCase]:
         ]  # fmt: skip
     merge = dict.fromkeys(("partial_ptr", "partial_lse_ptr", "lse_ptr", "sinks_ptr", "slopes_ptr"), "*fp32")
     merge |= {"out_ptr": "*bf16", "merges_ptr": "*i32"}
-    merge |= dict.fromkeys(("stride_on", "stride_oh", "num_qo_heads", "ROWS"), "i32")
+    integers = ("stride_on", "stride_oh", "num_qo_heads", "ROWS", "lone_qo_len", "lone_kv_len", "lone_slots")
+    merge |= dict.fromkeys(integers, "i32")
     tile = {"PACK": 4, "D_VO": 128, "BLOCK_DV": 128, "BLOCK_M": 16}
     tile |= dict.fromkeys(("SINKS", "SHIFTED", "OVERLAP"), False)
     for block_s, block_r in ((64, 1), (4, 16)):
@@ -829,9 +891,10 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _scales(form: str) -> Scales:
-    """Scales of one form, "zero": per token with zero points."""
-    dims = {"head": (8,), "token": (64, 16, 8), "zero": (64, 16, 8), "group": (64, 16, 8, 4)}[form]
-    factor = Factor("token" if form == "zero" else form, torch.empty(dims, device="meta"))
+    """Scales of one form, "zero": per token with zero points, "half": per token in fp16."""
+    dims = {"head": (8,), "group": (64, 16, 8, 4)}.get(form, (64, 16, 8))
+    dtype = torch.float16 if form == "half" else torch.float32
+    factor = Factor("token" if form in ("zero", "half") else form, torch.empty(dims, dtype=dtype, device="meta"))
     zero = factor if form in ("zero", "group") else None
     return Scales(factor, factor, zero, zero)
 
@@ -858,7 +921,7 @@ def _case(
     signature["v_ptr"] = element if problem.v_format == "plain" else "*i16"
     signature |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr", "table_ptr"), "*fp32")
     signature |= dict.fromkeys(("items_ptr", "kv_indices_ptr"), "*i32")
-    signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads"), "i32")
+    signature |= dict.fromkeys((*strides, "window_left", "window_right", "num_qo_heads", *LONE), "i32")
     signature |= dict.fromkeys(("sm_scale", "out_scale", "soft_cap"), "fp32")
     alike = (problem.k_format, problem.head_dim_qk) == (problem.v_format, problem.head_dim_vo)
     constants = constexprs(problem, config, has_sinks="variants" in name, alike=alike, scales=scales)
@@ -869,7 +932,11 @@ def _case(
         if factor is None:
             constants[argument] = None
         else:
-            signature[argument] = ("*fp32", *["i32"] * {"head": 1, "token": 3, "group": 4}[factor.form])
+            pointer = "*fp16" if factor.values.dtype == torch.float16 else "*fp32"
+            signature[argument] = (pointer, *["i32"] * {"head": 1, "token": 3, "group": 4}[factor.form])
+    if batch_size == 1:
+        del signature["items_ptr"]
+        constants["items_ptr"] = None
     arch = sm[0] * 10 + sm[1]
     return CompileCase(
         f"attention.{name}.sm{arch}", attention_kernel, signature, constants, config.num_warps, config.num_stages,

@@ -51,13 +51,23 @@ def of_head(factor, kv_head):
 
 
 @triton.jit
+def widened(x):
+    """x in fp32, as a sum of one: Triton 3.6 moves changes of layout above a plain conversion, and with them, wrongly,
+    a product below the one that it needs ("operand does not dominate this use")."""
+    if x.dtype == tl.float32:
+        return x
+    else:
+        return tl.sum(tl.expand_dims(x.to(tl.float32), -1), -1)
+
+
+@triton.jit
 def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
     """A scale or zero point per token, [BLOCK_N] fp32: factor is (pointer, strides of a page and a row)."""
     ptrs = factor[0] + page * factor[1] + row * factor[2]
     if MASKED:
-        return tl.load(ptrs, mask=in_range, other=0).to(tl.float32)
+        return widened(tl.load(ptrs, mask=in_range, other=0))
     else:
-        return tl.load(ptrs).to(tl.float32)
+        return widened(tl.load(ptrs))
 
 
 @triton.jit
@@ -66,9 +76,9 @@ def load_factors(first, second, page, row, in_range, MASKED: tl.constexpr):
     loads each again, and its page ids, for each layout that it is used in."""
     ptrs = tl.join(first[0] + page * first[1] + row * first[2], second[0] + page * second[1] + row * second[2])
     if MASKED:
-        both = tl.load(ptrs, mask=tl.expand_dims(in_range, -1), other=0).to(tl.float32)
+        both = widened(tl.load(ptrs, mask=tl.expand_dims(in_range, -1), other=0))
     else:
-        both = tl.load(ptrs).to(tl.float32)
+        both = widened(tl.load(ptrs))
     return tl.split(both)
 
 

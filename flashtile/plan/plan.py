@@ -17,6 +17,8 @@ from flashtile.plan.worklist import (
     MERGE_FIELDS,
     MERGE_STRIDE,
     Ints,
+    LoneTile,
+    lone_tile,
     make_worklist,
     take_turns,
 )
@@ -64,6 +66,7 @@ class Plan:
     lengths: Lengths
     kv_rows: int = 0  # pages, or ragged tokens, that K and V must have, as far as the host knows
     kv_rows_request: int = 0  # a request that reads the last of them
+    lone: LoneTile | None = None  # the items once more, as arguments of a launch, if they are one tile's
     moves: Moves | None = None  # with config.copy_first: what brings q and K to where `inner` reads them
     inner: "Plan | None" = None  # of the same batch over the result; this plan has no items of its own then
 
@@ -135,6 +138,7 @@ def make_plan(
         lengths=lengths,
         kv_rows=kv_rows,
         kv_rows_request=kv_rows_request,
+        lone=lone_tile(work.items, tiling),
     )
 
 

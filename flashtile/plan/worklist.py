@@ -72,6 +72,22 @@ class WorkList:
     num_slots: int
 
 
+@dataclass(frozen=True)
+class LoneTile:
+    """What the items of a list say that holds no tile but the first request's: item i walks chunk i of KV tokens
+    [begin, end), each `chunk` tokens but the last.
+
+    qo_len, kv_len: tokens of the request; kv_base: its first KV token (ragged) or first entry of kv_indices (paged).
+    """
+
+    qo_len: int
+    kv_base: int
+    kv_len: int
+    begin: int
+    end: int
+    chunk: int
+
+
 def visible_range(
     row_begin: Ints, qo_len: Ints, kv_len: Ints, tiling: Tiling, window_left: int, window_right: int
 ) -> tuple[Ints, Ints]:
@@ -166,7 +182,8 @@ def choose_cuts(lengths: Ints, tiling: Tiling) -> Ints:
 
 
 def take_turns(items: NDArray[np.int32], tiling: Tiling) -> NDArray[np.int32]:
-    """Which tile each CTA of a persistent grid takes in each round: [rounds + 3, ctas] int32, -1 for none.
+    """Which tile each CTA of a persistent grid takes in each round: [rounds + 3, ctas] int32, -1 for none. The first of
+    CTA i is the i-th that there is: i, where pack_decode leaves none out.
 
     A round hands out the next tiles of the list, back and forth over the CTAs. Where that leaves a CTA with more than
     its share, the longest tile of a round goes to the CTA that has had least to do so far: CTAs end within 1 % of one
@@ -201,6 +218,7 @@ def take_turns(items: NDArray[np.int32], tiling: Tiling) -> NDArray[np.int32]:
             turns[r] = -1
             turns[r, least] = tiles[longest]
             done[least] += steps[tiles[longest]]
+    turns = turns[:, np.argsort(turns[0])]  # now CTA i begins with the list's tile i, and need not read that
     return np.append(tile, -1)[turns].astype(np.int32)
 
 
@@ -246,6 +264,24 @@ def make_worklist(
     columns = [qo_indptr[r], qo_len[r], row_begin[m], slots_before[m], chunks[m], kv_len[r]]
     merges = np.stack(columns, axis=1)
     return WorkList(items.astype(np.int32), merges.astype(np.int32), int(chunks[cut].sum()))
+
+
+def lone_tile(items: NDArray[np.int32], tiling: Tiling) -> LoneTile | None:
+    """The tile that all items [num_items, ITEM_STRIDE] are chunks of, if there is but one and a CTA takes one item:
+    decode of one request. Its numbers can be arguments of the launch, where items are read from memory first."""
+    column = dict(zip(ITEM_FIELDS, items.T.tolist(), strict=True))
+    others = any(any(column[name]) for name in ("request", "row_begin", "head_begin"))
+    if len(items) == 0 or tiling.persistent or others:
+        return None
+    begin = column["kv_begin"][0]
+    return LoneTile(
+        qo_len=column["qo_len"][0],
+        kv_base=column["kv_base"][0],
+        kv_len=column["kv_len"][0],
+        begin=begin,
+        end=max(column["kv_end"]),
+        chunk=max(column["kv_end"][0] - begin, 1),
+    )
 
 
 def _spread_heads(items: Ints, tiling: Tiling) -> Ints:

@@ -41,7 +41,7 @@ class AttentionCase:
     q_gain: float = 1.0
     k_cache: str = "plain"
     v_cache: str = "plain"
-    scale: str = "none"  # "float", "0d", "head", "token", or "group32" ... "group128"
+    scale: str = "none"  # "float", "0d", "head", "token", "half" (per token, fp16), or "group32" ... "group128"
     zero: bool = False  # zero points, in the form of the scale
     v_gain: float = 1.0
     rope: Rope | None = None
@@ -168,6 +168,9 @@ QUANTISED_CASES: list[AttentionCase] = [
     *[_stored(_DECODE, "int4", "token", page_size=n) for n in (1, 3, 64)],
     *[_stored(_DECODE, "int8", "token", heads=h) for h in ((8, 8), (16, 1), (5, 1))],
     *[_stored(_DECODE, "int8", "token", v_gain=g) for g in (1e-4, 1e4)],
+    *[_stored(_DECODE, cache, "half", zero, head_dim=128)
+      for cache, zero in (("e4m3", False), ("int8", False), ("int8", True), ("int4", False), ("int4", True))],
+    _stored(_APPEND, "int4", "half", True),
     _stored(_MANY, "e4m3", "token", q_gain=100.0),
     _stored(_DECODE, "int4", "token", one_tensor=True, kv_layout="HND"),
     _stored(_DECODE, "int8", "token", True, strided=True, kv_layout="HND"),
@@ -235,6 +238,21 @@ ENCODED_CASES: list[AttentionCase] = [
     )],
 ]  # fmt: skip
 CASES += ENCODED_CASES
+
+# One request, whose tile's numbers are arguments of the launch
+_ALONE = replace(_DECODE, name="alone", kv_lens=(90,))
+CASES += [
+    _ALONE,
+    *_sweep(_ALONE, "kv_lens", ((0,), (16,), (64,))),
+    *_sweep(_ALONE, "page_size", (1, 3, 64)),
+    replace(_ALONE, name="alone.window.sinks", window_left=20, sinks=True),
+    replace(_ALONE, name="alone.append", qo_lens=(3,), window_left=33),
+    replace(_ALONE, name="alone.ragged", qo_lens=(4,), page_size=0, sinks=True),
+    _stored(_ALONE, "e4m3", "head", head_dim=128),
+    _stored(_ALONE, "int8", "token", True),
+    _stored(_ALONE, "int4", "group32", True),
+    *_encoded(_ALONE, "plain"),
+]
 
 
 @dataclass
@@ -348,8 +366,11 @@ def _store(case: AttentionCase, cache: str, xs: list[Tensor], gen: torch.Generat
     top = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 7.0, "plain": 4.0}[cache] / 4
     one = float(max((x.abs().max() for x in xs if x.numel()), default=torch.tensor(1.0))) / top / 4
     by_head = (torch.rand(heads, generator=gen) + 0.5) * one
-    if case.scale == "token":
-        scale: float | Tensor | list[Tensor] = [torch.rand(x.shape[:2], generator=gen) * 2 * one + one / 50 for x in xs]
+    if case.scale in ("token", "half"):
+        dtype = torch.float16 if case.scale == "half" else torch.float32
+        scale: float | Tensor | list[Tensor] = [
+            (torch.rand(x.shape[:2], generator=gen) * 2 * one + one / 50).to(dtype) for x in xs
+        ]
     elif groups:
         scale = [torch.rand((*x.shape[:2], groups), generator=gen) * 2 * one + one / 50 for x in xs]
     else:
@@ -359,7 +380,7 @@ def _store(case: AttentionCase, cache: str, xs: list[Tensor], gen: torch.Generat
     middle, spread = (8.0, 3.0) if cache == "int4" else (0.0, 40.0)
     if case.zero and cache in ("int8", "int4"):
         if isinstance(scale, list):
-            zero = [middle + spread * (torch.rand(s.shape, generator=gen) - 0.5) for s in scale]
+            zero = [(middle + spread * (torch.rand(s.shape, generator=gen) - 0.5)).to(s.dtype) for s in scale]
         elif isinstance(scale, Tensor) and scale.dim():
             zero = middle + spread * (torch.rand(heads, generator=gen) - 0.5)
         else:

@@ -17,7 +17,7 @@ MLA_DIMS = (512, 64)  # ckv and kpe
 BF16_BYTES = 2
 WINDOW = 1024  # keys, of the variant "window"
 SOFT_CAP = 30.0
-SCALE_BYTES = 4  # of a token and head of an int8 or int4 cache, fp32
+SCALE_BYTES = {"fp32": 4, "fp16": 2, "head": 0}  # of a token and head of an int8 or int4 cache
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class AttentionBench:
     """prefill (ragged KV), paged (the same over pages), append (a few tokens onto a cache), decode (one token each).
 
     All requests of a batch have the same lengths. page_size 0: ragged KV. kv_dtype: "bf16", "fp8" (e4m3), "int8" or
-    "int4"; the latter two with a scale per token and head. encoding: "none", or "rope" or "alibi" inside attention.
-    head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30), "window" (the last 1024 keys) or "sinks". layout:
-    "nhd" or "hnd", of the cache and of its scales.
+    "int4"; the latter two with a scale per token and head of type `scales`, "fp32" or "fp16", or one per head ("head").
+    encoding: "none", or "rope" or "alibi" inside attention. head_dim_vo 0: head_dim. variant: "", "cap" (soft cap 30),
+    "window" (the last 1024 keys) or "sinks". layout: "nhd" or "hnd", of the cache and of its scales.
     """
 
     name: str
@@ -40,6 +40,7 @@ class AttentionBench:
     mask: str  # "causal" or "full"
     page_size: int = 0
     kv_dtype: str = "bf16"
+    scales: str = "fp32"
     encoding: str = "none"
     head_dim: int = HEAD_DIM
     head_dim_vo: int = 0
@@ -69,8 +70,8 @@ class AttentionBench:
     @property
     def bytes(self) -> int:
         """q, out, K and V, once each."""
-        per_row = {"bf16": BF16_BYTES * self.head_dim, "fp8": self.head_dim, "int8": self.head_dim + SCALE_BYTES}
-        row = per_row.get(self.kv_dtype, self.head_dim // 2 + SCALE_BYTES)
+        bits = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}[self.kv_dtype]
+        row = bits * self.head_dim // 8 + (SCALE_BYTES[self.scales] if self.kv_dtype.startswith("int") else 0)
         kv = 2 * self.batch_size * self.kv_len * self.num_kv_heads * row
         if self.head_dim_vo:  # unequal dims: plain caches only
             kv = kv * (self.head_dim + self.dim_vo) // (2 * self.head_dim)
@@ -229,7 +230,7 @@ _ENCODING = r"(?:\.(?P<encoding>rope|alibi))?"
 _DIMS = r"(?:\.d(?P<head_dim>\d+)(?:/(?P<head_dim_vo>\d+))?)?"
 _VARIANT = r"(?:\.(?P<variant>cap|window|sinks))?"
 _ELEMENTWISE = r"rmsnorm|fused_add_rmsnorm|silu_and_mul|rope|append_kv(?:_fp8|_int8|_int4)?"
-_KV = r"(?P<kv_dtype>bf16|fp8|int8|int4)"
+_KV = r"(?P<kv_dtype>bf16|fp8|int8|int4)(?:\.(?P<scales>fp16|head))?"
 _LAYOUT = r"(?:\.(?P<layout>hnd))?"
 # area -> the class of its cases and the form of their names; a group is named for the field that it fills
 _FORMS: dict[str, tuple[type[BenchCase], str]] = {
@@ -268,9 +269,10 @@ DECODE_NAMES = (
         for kv_dtype in ("int8", "int4")
     ),
     *(
-        f"decode/b{batch_size}.kv{kv_len}.h32/8.{kv_dtype}.page16.hnd"
+        f"decode/b{batch_size}.kv{kv_len}.h32/8.{kv_dtype}.page16{layout}"
         for batch_size, kv_len in ((16, 4096), (64, 4096), (64, 16384), (256, 1024))
-        for kv_dtype in ("bf16", "fp8", "int8", "int4")
+        for layout in ("", ".hnd")
+        for kv_dtype in ("bf16", "fp8", "int8", "int8.head", "int4", "int4.fp16")
     ),
     *(f"decode/b64.kv4096.h32/8.bf16.page{page_size}" for page_size in (3, 64, 256)),
     "decode/b1.kv131072.h32/8.bf16.page16",

@@ -1,6 +1,6 @@
 """The attention cases on a CUDA device: the portable family in three dtypes, with and without split KV; contracts."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -75,21 +75,23 @@ def test_several_heads(case: AttentionCase, kv_chunk: int) -> None:
     run(case, torch.bfloat16, kv_chunk, block_n=64, **forced)
 
 
-TOGETHER = [
-    replace(c, name=f"{c.name}.hnd", kv_layout="HND")
+MANY = [
+    replace(c, name=f"{c.name}.{layout.lower()}", kv_layout=layout)
     for c in CASES
-    if c.name.startswith(("decode.int4", "decode.e4m3", "decode.e5m2")) and c.head_dim in (64, 128)
-    and c.k_cache == c.v_cache and c.window_left < 0 and not c.logits_soft_cap and c.rope is None and not c.alibi
-]  # fmt: skip
+    for layout in ("NHD", "HND")
+    if c.name.startswith("decode.") and c.head_dim in (64, 128) and c.kv_layout == "NHD" and c.heads == (4, 2)
+]
 
 
 @pytest.mark.parametrize("kv_chunk", [0, 64], ids=["auto", "split64"])
-@pytest.mark.parametrize("case", TOGETHER, ids=str)
-def test_rows_of_a_head_together(case: AttentionCase, kv_chunk: int) -> None:
-    """What config.py chooses for many requests with HND pages."""
-    config = portable(problem_of(case, torch.bfloat16), Workload(1024, 1024, 1, 2**22, 4096), (9, 0))
-    forced = {name: getattr(config, name) for name in ("block_n", "num_stages", "ctas_per_sm", "raw", "max_registers")}
-    run(case, torch.bfloat16, kv_chunk, **forced)
+@pytest.mark.parametrize("requests", [256, 1024])
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_many_requests(case: AttentionCase, requests: int, kv_chunk: int) -> None:
+    """What config.py chooses for many requests: small CTAs, or several heads in one."""
+    work = Workload(requests, requests, 1, requests * 4096, 4096)
+    config = portable(problem_of(case, torch.bfloat16), work, capability(torch.device("cuda")))
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("family", "block_m", "pack")}
+    run(case, torch.bfloat16, **(changed | {"kv_chunk": kv_chunk}))
 
 
 def test_rotation_up_to_position_1e6() -> None:
@@ -109,7 +111,9 @@ def test_rotation_up_to_position_1e6() -> None:
     assert (out - exact).abs().max() < 2**-19
 
 
-@pytest.mark.parametrize("name", ["decode", "append", "ragged", "append.window_left=16", "decode.rope.plain"])
+@pytest.mark.parametrize(
+    "name", ["decode", "alone", "alone.window.sinks", "append", "ragged", "append.window_left=16", "decode.rope.plain"]
+)
 def test_same_bits_100_times(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     x = make_inputs(case, torch.bfloat16, "cuda")

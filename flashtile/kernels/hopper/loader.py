@@ -329,7 +329,7 @@ def walk(item, C: gl.constexpr):
 def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
     """The role that walks the CTA's tiles, hands them over to the consumers, and fetches Q and K."""
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
-    t = tiles.turn(work, 0)
+    t = tiles.first_turn(work, C)
     following = tiles.turn(work, 1)
     item = tiles.with_head(tiles.fetch(work, t, C), t, work)
     tiles.publish(smem[4], bars[4], 0, item)
@@ -376,7 +376,7 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
 def v_loader(smem, bars, v, work, table, C: gl.constexpr):
     """The role that fetches V, for the same tiles in the same order."""
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
-    t = tiles.turn(work, 0)
+    t = tiles.first_turn(work, C)
     following = tiles.turn(work, 1)
     head, base, kv_len, first, n = walk(tiles.with_head(tiles.fetch(work, t, C), t, work), C)
     t = following

@@ -79,6 +79,15 @@ def turn(work, r):
 
 
 @gluon.jit
+def first_turn(work, C: gl.constexpr):
+    """The tile that this CTA begins with: known without a read of memory, unless the plan leaves tiles out."""
+    if C.pack_decode:
+        return turn(work, 0)
+    else:
+        return gl.program_id(0)
+
+
+@gluon.jit
 def fetch(work, t, C: gl.constexpr):
     """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 for no tile."""
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
