@@ -319,7 +319,7 @@ def _few_tiles(p: Problem, w: Workload) -> bool:
 
 
 def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
-    """Decode over caches of 8 and 4 bits (H100, 32/8 heads, us; benchmarks/results/h100_decode_narrow.jsonl). A step is
+    """Decode over caches of 8 and 4 bits (H100, 32/8 heads, us; benchmarks/results/h100_decode_sweeps.jsonl). A step is
     few bytes, so few tiles take long steps, and many tiles small CTAs: one or two warps wait for less."""
     row = Config("portable", 16, 128, p.group_size, num_stages=5, split_cost=2.0, overlap=True)
     int4 = {p.k_format, p.v_format} == {"int4"}
