@@ -225,7 +225,7 @@ def _with_rope(p: Problem, w: Workload, row: Config, sm: tuple[int, int], sms: i
     if p.q_dtype == torch.float32:
         return row
     if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:
-        if sm >= (9, 0) and _keys_per_sm(p, w, sms) >= 384:
+        if sm >= (9, 0) and p.paged and _keys_per_sm(p, w, sms) >= 384:
             # 16 x 4k tokens 97.9 us, without a rope 95.6, by 8 warps and 64 tokens 116; 1 x 16k 34.5, 32.3, 39
             warps = 8 if p.quantised or p.page_size == 1 else 4  # 4 would spill
             return replace(row, block_n=128, num_warps=warps, num_stages=5, max_registers=255)
@@ -250,6 +250,8 @@ def _with_rope(p: Problem, w: Workload, row: Config, sm: tuple[int, int], sms: i
 
 def _with_alibi(row: Config, sm: tuple[int, int]) -> Config:
     """A row for logits with ALiBi's term, which takes some registers more where there is no wgmma. Likewise."""
+    if row.block_m == 16 and sm >= (9, 0) and row.max_registers == 168:
+        return replace(row, max_registers=255)  # one CTA an SM: it may have them
     if sm >= (9, 0) or row.num_warps != 4:
         return row
     return replace(row, max_registers=168) if row.block_m == 16 else replace(row, num_warps=8)
@@ -279,7 +281,8 @@ def _portable_row(p: Problem, w: Workload, sm: tuple[int, int], sms: int) -> Con
                 row = replace(row, max_registers=168) if sm >= (9, 0) else row  # else ptxas spills to keep to 128
                 # more to read, longer steps: 16 x 4k tokens 96 us, 98 by 64; 8 x 1k 21.2, 21.7; but 1 x 1k of 32 heads
                 # 15.5, 15.1, and 32 x 2k, of more tiles than SMs, 98.2, 96.7
-                longer = whole and not variant and tiles <= sms and _keys_per_sm(p, w, sms) >= 384
+                # Ragged KV has no page ids to wait for: its 5 stages are 4 blocks in flight, and of 128 keys do not fit
+                longer = whole and not variant and p.paged and tiles <= sms and _keys_per_sm(p, w, sms) >= 384
                 return replace(row, block_n=128) if longer and sm >= (9, 0) else row
             # many tiles: CTAs that wait for one another as little as can be; 64 x 4k tokens 358 us, by four warps 360,
             # 64 x 1k 95.8, 96.5

@@ -66,8 +66,8 @@ def single_decode_with_kv_cache(
         q_scale: factor on the logits: a number, or a tensor of one element.
         k_scale, v_scale, k_zero, v_zero: a number n of k or v stands for (n - zero) * scale. Numbers or tensors: one
             element, [num_kv_heads], or k's shape without head_dim, then also with groups of 32, 64 or 128 elements of
-            head_dim
-            as one more dimension. Default: 1, and 0 (8 for int4). Zero points are for int8 and int4.
+            head_dim as one more dimension; scales in fp32, fp16 or bf16, of which fp32 is read fastest. Default: 1, and
+            0 (8 for int4). Zero points are for int8 and int4.
         window_left: the token sees itself and this many keys before it; -1: all.
         logits_soft_cap: c > 0 turns a logit x into c * tanh(x / c).
         sm_scale: factor on q.k; default head_dim ** -0.5.

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import flashtile
+from flashtile.config import portable
+from flashtile.kernels.attention import suited
+from flashtile.plan.problem import Problem, Workload
+from flashtile.plan.scales import Factor, Scales
 
 X = torch.randn(5, 16, 3, 128, generator=torch.Generator().manual_seed(0))
 
@@ -110,3 +114,45 @@ def test_a_transform_refuses_other_heads() -> None:
         transform.keys(torch.randn(9, 3, 24))
     with pytest.raises(ValueError, match="q: expected"):
         transform.queries(torch.randn(9, 6, 32))
+
+
+CACHES = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+FORMS = ("none", "head", "token", "half", "group")
+
+
+def scales_of(form: str) -> Scales:
+    if form == "none":
+        return Scales()
+    dims = {"head": (8,), "group": (64, 16, 8, 4)}.get(form, (64, 16, 8))
+    dtype = torch.float16 if form == "half" else torch.float32
+    factor = Factor("token" if form == "half" else form, torch.empty(dims, dtype=dtype, device="meta"))
+    return Scales(factor, factor)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [0, 1, 16])
+@pytest.mark.parametrize("cache", CACHES)
+def test_configurations_that_suit_the_scales(cache: str, page_size: int, layout: str, form: str) -> None:
+    """Whatever the scales are, a plan's items and the layout of its partial states stay as they are."""
+    half = torch.bfloat16
+    problem = Problem(32, 8, 128, 128, half, CACHES[cache], half, page_size, kv_heads_first=layout == "HND")
+    for batch, length in ((1, 1024), (1, 65536), (16, 4096), (64, 1024), (64, 4096), (256, 1024), (256, 16384)):
+        config = portable(problem, Workload(batch, batch, 1, batch * length, length))
+        used = suited(config, scales_of(form))
+        for name in ("family", "block_m", "pack", "overlap", "split", "kv_chunk"):
+            assert getattr(used, name) == getattr(config, name)
+        assert config.heads % used.heads == 0
+        assert used.num_warps * 32 * (used.max_registers or 0) <= 65536
+        if form == "group":
+            assert (used.heads, used.ways) == (1, 1)
+
+
+def test_int8_without_scales_per_token_is_read_by_two_warps() -> None:
+    """Where tiles are many: config.py's row for int8 is known there by its stages."""
+    half = torch.bfloat16
+    config = portable(
+        Problem(32, 8, 128, 128, half, torch.int8, half, page_size=16), Workload(256, 256, 1, 2**18, 1024)
+    )
+    assert config.num_warps == suited(config, scales_of("token")).num_warps == 1
+    assert suited(config, scales_of("head")).num_warps == suited(config, scales_of("none")).num_warps == 2

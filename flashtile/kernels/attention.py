@@ -618,15 +618,15 @@ def suited(c: Config, scales: Scales) -> Config:
     (cp.async takes 4 at least), so that steps of one warp are best: int4, 64 x 4k tokens 120 us, 148 by two heads.
     Where many tokens' scales are not read, two warps are best: int8, 256 x 1k tokens 193 us, 195 by one.
     """
-    factors = [factor for factor in (scales.k, scales.v) if factor is not None]
+    factors = [f for f in (scales.k, scales.v, scales.k_zero, scales.v_zero) if f is not None]
     each = [factor for factor in factors if factor.form != "head"]
     if any(factor.form == "group" for factor in factors):
-        if c.num_warps > 2:
+        if c.num_warps > 2 and c.heads == 1:
             return replace(c, num_stages=min(c.num_stages, 5), max_registers=255) if c.block_m == 16 else c
         return replace(c, heads=1, ways=1, raw=False, num_warps=4, block_n=64, num_stages=3, max_registers=None)
-    if c.num_warps <= 2 and c.ctas_per_sm > 1 and any(factor.values.itemsize == 2 for factor in each):
+    if c.num_warps <= 2 and c.ctas_per_sm > 1 and any(factor.values.itemsize < 4 for factor in each):
         return replace(c, heads=1, ways=1, num_warps=1, block_n=32, num_stages=5, max_registers=None)
-    if c.num_warps == 1 and c.num_stages == 6 and not each:
+    if c.num_warps == 1 and c.num_stages == 6 and not each:  # config.py's row for int8 and many tiles
         return replace(c, num_warps=2, block_n=32, num_stages=3, max_registers=128)
     if c.num_warps == 2 and c.max_registers == 128 and each:
         return replace(c, block_n=64, max_registers=None)
@@ -832,6 +832,12 @@ def compile_cases() -> list[CompileCase]:
               for layout, page in (("hnd", 16), ("page1", 1))
               for form in ("head", "token", "zero", "group")],
             *[_case(f"decode.long.page{n}", sm, half, 1, kv_len=8192, page_size=n) for n in (1, 16)],
+            *[_case(f"decode.long.ragged.{name}.b{b}", sm, half, 1, batch_size=b, kv_len=n, **fields)
+              for b, n in ((1, 32768), (8, 8192))
+              for name, fields in (("plain", {}), ("rope", {"rope": Rope()}), ("alibi", {"alibi": True}))],
+            *[_case(f"decode.long.alibi.page{n}", sm, half, 1, kv_len=8192, page_size=n, alibi=True) for n in (1, 16)],
+            *[_case(f"decode.long.ragged.{cache}", sm, half, 1, _scales("token"), 1, 65536, kv_dtype=cache_dtype)
+              for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int8", torch.int8), ("int4", torch.uint8))],
             *[_case(f"decode.fp32.{cache}", sm, full, 1, _scales("token"), page_size=16, kv_dtype=cache_dtype)
               for cache, cache_dtype in (("e4m3", torch.float8_e4m3fn), ("int4", torch.uint8))],
             _case("decode.fp32.int4.group", sm, full, 1, _scales("group"), page_size=16, kv_dtype=torch.uint8),

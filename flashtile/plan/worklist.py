@@ -267,20 +267,20 @@ def make_worklist(
 
 
 def lone_tile(items: NDArray[np.int32], tiling: Tiling) -> LoneTile | None:
-    """The tile that all items [num_items, ITEM_STRIDE] are chunks of, if there is but one and a CTA takes one item:
-    decode of one request. Its numbers can be arguments of the launch, where items are read from memory first."""
-    column = dict(zip(ITEM_FIELDS, items.T.tolist(), strict=True))
-    others = any(any(column[name]) for name in ("request", "row_begin", "head_begin"))
-    if len(items) == 0 or tiling.persistent or others:
+    """The tile that all items [num_items, ITEM_STRIDE] are chunks of, if there is but one, of the first request, and a
+    CTA takes one item: most often decode of one request. Its numbers can be arguments of the launch, where items are
+    read from memory first."""
+    others = [ITEM_FIELDS.index(name) for name in ("request", "row_begin", "head_begin")]
+    if tiling.persistent or len(items) == 0 or items[:, others].any():
         return None
-    begin = column["kv_begin"][0]
+    first = dict(zip(ITEM_FIELDS, items[0].tolist(), strict=True))
     return LoneTile(
-        qo_len=column["qo_len"][0],
-        kv_base=column["kv_base"][0],
-        kv_len=column["kv_len"][0],
-        begin=begin,
-        end=max(column["kv_end"]),
-        chunk=max(column["kv_end"][0] - begin, 1),
+        qo_len=first["qo_len"],
+        kv_base=first["kv_base"],
+        kv_len=first["kv_len"],
+        begin=first["kv_begin"],
+        end=int(items[:, ITEM_FIELDS.index("kv_end")].max()),
+        chunk=max(first["kv_end"] - first["kv_begin"], 1),
     )
 
 

@@ -48,14 +48,27 @@ def test_portable(case: AttentionCase, dtype: torch.dtype, kv_chunk: int) -> Non
 LONG = AttentionCase("long", kv_lens=(20_000, 15_000), heads=(32, 8), head_dim=128, page_size=16)
 
 
+RAGGED = replace(LONG, name="long.ragged", page_size=0, qo_lens=(1, 1), causal=False)
+
+
 @pytest.mark.parametrize(
-    "case", [LONG, replace(LONG, name="long.page1", page_size=1), replace(LONG, name="long.rope", rope=Rope())], ids=str
+    "case",
+    [
+        LONG,
+        replace(LONG, name="long.page1", page_size=1),
+        replace(LONG, name="long.rope", rope=Rope()),
+        replace(LONG, name="long.alibi", alibi=True),
+        RAGGED,
+        replace(RAGGED, name="long.ragged.alone", kv_lens=(40_000,), qo_lens=(1,)),
+        replace(RAGGED, name="long.ragged.rope", rope=Rope()),
+    ],
+    ids=str,
 )
 def test_longer_steps(case: AttentionCase) -> None:
-    """Few tiles that walk long KV, as config.py serves them."""
-    work = Workload(2, 2, 1, sum(case.kv_lens), max(case.kv_lens))
+    """Few tiles that walk long KV, as config.py serves them; those of ragged KV would not fit in shared memory."""
+    work = Workload(len(case.kv_lens), len(case.kv_lens), 1, sum(case.kv_lens), max(case.kv_lens))
     config = portable(problem_of(case, torch.bfloat16), work, capability(torch.device("cuda")))
-    assert capability(torch.device("cuda")) < (9, 0) or config.block_n == 128
+    assert capability(torch.device("cuda")) < (9, 0) or config.block_n == (128 if case.page_size else 64)
     run(case, torch.bfloat16, 0)
 
 
