@@ -331,7 +331,7 @@ def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
     raw = p.rope is None
     if tiles <= 2 * sms:
         if int4:  # 16 x 4k tokens 43, by one CTA an SM 54
-            return replace(row, raw=raw, ctas_per_sm=2) if raw else row
+            return replace(row, raw=True, ctas_per_sm=2) if raw else row
         scattered = p.page_size == 1 or (p.num_kv_heads > 8 and not p.kv_heads_first)
         if not fp8 and scattered:  # each scale is read from a place of its own: 1 x 16k tokens of 32 heads 61, 78
             return replace(row, block_n=64, num_warps=2, ctas_per_sm=4)
