@@ -199,6 +199,10 @@ GATHERED_CASES = [
     replace(_ROWS, name="page1.cap.sinks", logits_soft_cap=20.0, sinks=True, window_left=200),
     replace(_ROWS, name="page1.hnd", kv_layout="HND"),
     replace(_ROWS, name="page1.append64", kv_lens=(700, 1500, 64), qo_lens=(64, 33, 16), heads=(10, 2)),
+    # sinks and tiles cut along KV: the most shared memory that rows copied one by one take
+    *[replace(_PAGED, name=f"page{n}.sinks", page_size=n, sinks=True) for n in (1, 3)],
+    replace(_ROWS, name="page1.append.sinks", kv_lens=(700, 1500, 64), qo_lens=(64, 33, 16), heads=(10, 2), sinks=True),
+    *[replace(_ROWS, name=f"page1.sinks.dim{d}", head_dim=d, sinks=True) for d in (64, 96, 256)],
     replace(_PAGED, name="page3.append", kv_lens=(700, 1500, 64), qo_lens=(16, 3, 16), heads=(8, 2), page_size=3),
 ]
 
