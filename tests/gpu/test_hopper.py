@@ -12,6 +12,7 @@ from flashtile.plan.problem import Workload
 from flashtile.testing.cases_attention import (
     CASES,
     AttentionCase,
+    Inputs,
     expected,
     make_inputs,
     make_wrapper,
@@ -187,6 +188,36 @@ def test_schedules(case: AttentionCase, forced: dict[str, object]) -> None:
 @pytest.mark.parametrize("case", [c for c in LONG_CASES if c.head_dim == 128 and c.dim_vo == 128], ids=str)
 def test_three_consumers(case: AttentionCase, dim: int, block_n: int, forced: dict[str, object]) -> None:
     check(replace(case, head_dim=dim), torch.bfloat16, block_m=192, block_n=block_n, num_stages=3, **forced)
+
+
+def rising(case: AttentionCase, steepness: float, loud: float) -> Inputs:
+    """Inputs whose logits grow towards the first keys, which a tile meets last; every third row of q is `loud` times as
+    large as the others."""
+    x = make_inputs(case, torch.bfloat16, "cuda")
+    x.q[::3] *= loud
+    ramps = [torch.linspace(steepness, 1, len(k), device="cuda").to(k.dtype)[:, None, None] for k in x.ks]
+    x.ks = [k * ramp for k, ramp in zip(x.ks, ramps, strict=True)]
+    x.cache = (torch.cat(x.ks), x.cache[1])
+    return x
+
+
+@pytest.mark.parametrize("loud", [1.0, 10.0])
+@pytest.mark.parametrize("steepness", [3.0, 30.0])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_maxima_that_grow(dims: tuple[int, int], causal: bool, steepness: float, loud: float) -> None:
+    case = replace(_RAGGED, kv_lens=(1500, 130, 1), causal=causal, head_dim=dims[0], head_dim_vo=dims[1])
+    x = rising(case, steepness, loud)
+    wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
+    out, lse = run_case(x, wrapper)
+    (oracle, oracle_lse), (peer, peer_lse) = expected(x, torch.float64), expected(x, torch.bfloat16)
+    assert_close(out, oracle, peer, "out")
+    assert_close(lse, oracle_lse, peer_lse, "lse")
+    x.q[::3] = x.q[::3] / 2  # the other rows of a warp: their bits are their own
+    again, again_lse = run_case(x, wrapper)
+    for i in (1, 2):
+        assert torch.equal(again[i::3], out[i::3])
+        assert torch.equal(again_lse[i::3], lse[i::3])
 
 
 _ROWS = replace(_PAGED, page_size=1)

@@ -18,6 +18,7 @@ from flashtile.kernels import attention as portable
 from flashtile.kernels import softmax
 from flashtile.kernels.attention import launch_merge
 from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier
+from flashtile.kernels.hopper.lazy import GROWTH
 from flashtile.kernels.hopper.loader import qk_loader, v_loader
 from flashtile.kernels.hopper.mainloop import consumer
 from flashtile.kernels.hopper.spec import (
@@ -79,7 +80,7 @@ def attention_kernel(
     v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
     num_heads: I64, num_groups: I64, heads_per_item: I32, inverse_heads: I32, inverse_groups: I32,
     heads_packed: I32, inverse_packed: I32, page_size: I32, boxes: I32, window_left: I32, window_reach: I32,
-    scale: F32, cap_scale: F32, C: gl.constexpr,
+    scale: F32, cap_scale: F32, slack: F32, C: gl.constexpr,
 ):  # fmt: skip
     """One persistent CTA; see spec.py for its roles and barriers, and loader.py for what the strides mean."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -113,7 +114,7 @@ def attention_kernel(
         num_heads, num_groups, pack, group if C.pack_decode else 0,
     )  # fmt: skip
     table = (kv_indices_ptr, page_size, boxes)
-    scales = (scale, cap_scale)
+    scales = (scale, cap_scale, slack)
     window = (window_left, window_reach, pack)
     work = (items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups)
     if C.consumers == 1:
@@ -362,7 +363,7 @@ def run(
         out.stride(0) // 8, out.stride(1) // 8, *o_steps,
         p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
         inverse(c.pack), p.page_size, c.block_n // spec.box if spec.box else 0,
-        p.window_left, p.window_right + 1, scale, cap_scale, C=spec,
+        p.window_left, p.window_right + 1, scale, cap_scale, GROWTH / scale, C=spec,
         num_warps=4, maxnreg=registers(spec)[0],
     )  # fmt: skip
     if plan.num_merges:
@@ -384,7 +385,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
     found = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
     found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
-    found |= dict.fromkeys(("scale", "cap_scale"), "fp32")
+    found |= dict.fromkeys(("scale", "cap_scale", "slack"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
     found["q_heads_desc"] = desc(64, spec.d_qk) if spec.q_tma and spec.pack_decode else "constexpr"
     found["k_desc"] = desc(spec.box, spec.d_qk) if not spec.gather else "constexpr"

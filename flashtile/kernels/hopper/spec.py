@@ -108,6 +108,21 @@ def half_first(spec):
 
 
 @gluon.constexpr_function
+def lazy(spec):
+    """Whether O is rescaled only where a maximum has grown by much (lazy.py). At head_dim 64 and with a soft cap
+    softmax is the bound, and a branch in the middle of it costs more than it saves; likewise where rows are
+    gathered."""
+    return spec.d_vo > 64 and not spec.soft_cap and not spec.gather
+
+
+@gluon.constexpr_function
+def ahead(spec):
+    """Whether P's left half is computed while the block's maxima are still searched, and again where they have grown:
+    5 % of long prefill. It takes 32 registers, and gains nothing at other head dims."""
+    return lazy(spec) and spec.d_qk == 128 and spec.d_vo == 128
+
+
+@gluon.constexpr_function
 def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
     if spec.consumers == 1:
