@@ -60,7 +60,8 @@ def ragged(case: RaggedBench, device: torch.device, overrides: Overrides, with_r
 
 
 def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
-    """Prefill or append over a page table: each request's last qo_len tokens attend to all of its kv_len."""
+    """Prefill or append over a page table: each request's last qo_len tokens attend to all of its kv_len. Prefill also
+    over the same batch without pages, in turns with it."""
     q = _values((case.batch_size * case.qo_len, case.num_qo_heads, case.head_dim), torch.bfloat16, device)
     tables = _page_tables(case, device)
     cache = _paged_cache(case, tables[1].numel(), device)
@@ -72,7 +73,14 @@ def paged(case: AttentionBench, device: torch.device, overrides: Overrides, with
     out = torch.empty_like(q)
     with_rivals = with_rivals and case.area == "append" and case.encoding == "none"
     others = _dense_cache_rivals(case, q) if with_rivals else {}
-    return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out)}, others)
+    ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(q, cache, out=out)}
+    if case.area == "paged" and case.qo_len == case.kv_len:
+        dense = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
+        plan_with(dense, overrides, indptr, indptr, *sizes[:3], q_data_type=q.dtype, **variant)
+        shape = (case.batch_size * case.kv_len, case.num_kv_heads, case.head_dim)
+        k, v = (_values(shape, torch.bfloat16, device) for _ in range(2))
+        ours["flashtile.dense"] = lambda: dense.run(q, k, v, out=out)
+    return Workload(ours, others)
 
 
 def decode(case: AttentionBench, device: torch.device, overrides: Overrides, with_rivals: bool) -> Workload:
