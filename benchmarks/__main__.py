@@ -132,7 +132,7 @@ def run(
             release_memory()
         for row in group:
             if row.peer.startswith("flashtile"):
-                say(report.table_line(row, report.best_rival(case.name, group)))
+                say(report.table_line(row, report.best_rival(case.name, group) if report.answers(row.peer) else None))
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:

@@ -112,6 +112,7 @@ def test_best_rival_prefers_figures_of_the_same_run() -> None:
 def test_geometric_mean_takes_our_fastest_row() -> None:
     def group(case: str, ours: float, single: float, rival: float) -> list[Row]:
         peers = {"flashtile": ours, "flashtile.single": single, "torch": rival}
+        peers |= {"flashtile.dense": 0.1, "flashtile.plain[block_m=64]": 0.1}  # of other problems
         return [replace(ROW, case=case, peer=peer, us=us, device="d") for peer, us in peers.items()]
 
     means = report.geometric_means([*group("elem/a", 4.0, 2.0, 4.0), *group("elem/b", 1.0, 3.0, 8.0)])
