@@ -409,6 +409,9 @@ def compile_cases() -> Iterator[CompileCase]:
         "full": replace(causal, right=False),
         "paged": replace(causal, paged=True, box=16, aligned=False, tails=True, pack_decode=True),
         "paged.rows": replace(causal, paged=True, box=16, aligned=False, tails=True, pack_decode=True, q_tma=False),
+        "paged.all": replace(
+            causal, paged=True, box=16, aligned=False, tails=True, pack_decode=True, left=True, sinks=True, split=True
+        ),
         "page1": gathered,
         "page3.all": fit(rows),
         "page3.packed": replace(rows, soft_cap=False, packed=True, pack_decode=False, q_tma=False, o_tma=False),
@@ -428,6 +431,9 @@ def compile_cases() -> Iterator[CompileCase]:
         "dim64.three.full": replace(causal, d_qk=64, d_vo=64, consumers=3, stages=3, right=False, tails=True),
         "dim96": replace(causal, d_qk=96, d_vo=96, stages=3),
         "dim96.decode": replace(gathered, d_qk=96, d_vo=96, stages=3, left=True, sinks=True, split=True),
+        "dim96.paged": replace(
+            causal, d_qk=96, d_vo=96, stages=3, paged=True, box=16, aligned=False, tails=True, pack_decode=True
+        ),
         "dim192x128": replace(causal, d_qk=192),
         "dim192x128.tails": replace(causal, d_qk=192, aligned=False, tails=True),
         "dim256": replace(causal, d_qk=256, d_vo=256, block_n=64),
