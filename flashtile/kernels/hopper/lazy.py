@@ -3,9 +3,9 @@ grown by more than GROWTH.
 
 P may be relative to any number near the row's maximum: O and the sums are then at most 2**GROWTH times as large, which
 no dtype here minds (the threshold is FlashAttention-4's, arXiv:2603.05451). After a tile's first block few rows exceed
-it, so whole warps pass the products over by a branch: in PTX, because Gluon's `if` takes one value for all warps of a
-role, and because a branch around ordinary code would end wgmma's pipeline. A row whose maximum stays is multiplied by
-1 and gets the same exps again: its bits do not depend on the other rows of the warp.
+it, so whole warps pass the products over by a branch: in PTX, since Gluon's `if` takes one value for all warps of a
+role, which these would have to agree on in shared memory. A row whose maximum stays is multiplied by 1 and gets the
+same exps again: its bits do not depend on the other rows of the warp.
 """
 
 from flashtile.kernels.hopper.compat import gl, gluon

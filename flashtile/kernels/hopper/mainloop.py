@@ -267,7 +267,7 @@ def step(
     else:
         pa = gl.exp2(sa * c - of_rows(m_new * c, sa))
     alpha = gl.exp2((m - m_new) * c)
-    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout), assert_trivial=True)[:, None] + sum_own(pa)
+    l = l * of_rows(alpha, l) + sum_own(pa)
     if not ahead(C):
         if C.q_slots == 1:  # Q may have been freed, but not this V
             wait_full(bars[3], it, C.stages)  # PIN
