@@ -225,6 +225,8 @@ def launch(
             plan = attention_family("hopper").portable_plan(plan)
         else:
             out_scale, scales = scales.out, None
+    if plan.config.turn_q and not attention_family("hopper").takes(plan, q, v, out, sm_scale):
+        plan = attention_family("hopper").portable_plan(plan)  # over the keys as they are: it turns them itself
     if plan.inner is not None:
         q, k, v, workspace = attention_family("copied").copy(plan, q, k, v, workspace)
         plan = plan.inner

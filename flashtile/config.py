@@ -27,7 +27,7 @@ class Config:
         choice.
     section_tiles, pack_decode: see Tiling.
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
-        the workspace; attention runs over the result.
+        the workspace; attention runs over the result. turn_q: but q is left to the Hopper family's own kernel.
     """
 
     family: str
@@ -53,6 +53,7 @@ class Config:
     section_tiles: int = 0
     pack_decode: bool = False
     copy_first: bool = False
+    turn_q: bool = False
 
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
@@ -143,7 +144,8 @@ def choose(
     if problem.rope is not None:
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
-        return replace(hopper(served, work), copy_first=copy)
+        turn_q = problem.rope is not None and problem.head_dim_qk in TURNED_DIMS
+        return replace(hopper(served, work), copy_first=copy, turn_q=turn_q)
     return portable(problem, work, capability(device), num_sms(device))
 
 
@@ -155,6 +157,7 @@ def box_rows(page_size: int, block_n: int) -> int:
 
 
 HOPPER_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}  # (head_dim_qk, head_dim_vo)
+TURNED_DIMS = (64, 128, 256)  # of q that the Hopper family can turn
 
 
 def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:

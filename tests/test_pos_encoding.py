@@ -118,17 +118,18 @@ def test_alibi_keeps_the_bits_of_near_keys_far_into_a_sequence() -> None:
     torch.testing.assert_close(out.double(), oracle[0], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("turn_q", [False, True])
 @pytest.mark.parametrize("page_size", [0, 16])
-def test_moves_bring_each_row_to_its_place_once(page_size: int) -> None:
+def test_moves_bring_each_row_to_its_place_once(page_size: int, turn_q: bool) -> None:
     half = torch.bfloat16
     problem = Problem(4, 2, 64, 32, half, half, half, page_size=page_size, rope=Rope())
     qo_len, kv_len = np.array([3, 0, 100]), np.array([40, 5, 100])
     lengths = Lengths(np.append(0, qo_len.cumsum()), np.array([7, 3, 0]), kv_len)
-    config = Config("portable", 64, 64, 2, copy_first=True)
+    config = Config("portable", 64, 64, 2, copy_first=True, turn_q=turn_q)
     plan = make_plan(problem, config, lengths, torch.zeros(1, dtype=torch.int32), torch.device("cpu"))
     assert plan.moves is not None
     assert plan.inner is not None
-    assert plan.inner.problem == replace(problem, rope=None, page_size=0)
+    assert plan.inner.problem == replace(problem, rope=Rope() if turn_q else None, page_size=0)
     assert plan.num_items == 0
     got = []
     for to, base, first, count, position in plan.moves.kv.tolist():
@@ -136,9 +137,10 @@ def test_moves_bring_each_row_to_its_place_once(page_size: int) -> None:
     starts = (0, 40, 45)
     assert got == [(starts[r] + t, (7, 3, 0)[r], t, t) for r in range(3) for t in range(kv_len[r])]
     positions = [p + t for *_, count, p in plan.moves.q.tolist() for t in range(count)]
-    assert positions == [37, 38, 39, *range(100)]
+    assert positions == ([] if turn_q else [37, 38, 39, *range(100)])
+    moved_q = 0 if turn_q else 103 * 4 * 64
     moved_kv = 145 * 2 * (64 + (32 if page_size else 0))
-    assert plan.workspace_size() - plan.inner.workspace_size() == pytest.approx(2 * (103 * 4 * 64 + moved_kv), abs=384)
+    assert plan.workspace_size() - plan.inner.workspace_size() == pytest.approx(2 * (moved_q + moved_kv), abs=384)
 
 
 FORWARD = {

@@ -1,7 +1,7 @@
 """Attention over copies in the workspace, for families that do not rotate or gather as well in passing.
 
-With a rope, each row of q and of K is turned once, where a prefill's tiles would turn every key once per tile. Paged K
-and V become ragged on the way.
+With a rope, each row of K is turned once, where a prefill's tiles would turn every key once per tile; and each row of
+q, unless the family does (config.turn_q). Paged K and V become ragged on the way.
 """
 
 from collections.abc import Iterator
@@ -31,12 +31,13 @@ def move_kernel(
     ROW: tl.constexpr, COS_SIN: tl.constexpr, PAGE_SIZE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of tokens, head): rows of x to rows of out [n, HEADS, 2 * WIDTH], turned if there is a
-    COS_SIN."""
-    move = moves_ptr + tl.program_id(0).to(tl.int64) * MOVE
+    """One program per (head, block of tokens): rows of x to rows of out [n, HEADS, 2 * WIDTH], turned if there is a
+    COS_SIN. Heads first: programs of a moment share the tokens' memory pages."""
+    program = tl.program_id(0)
+    head = program % HEADS
+    move = moves_ptr + (program // HEADS).to(tl.int64) * MOVE
     to, base, first = tl.load(move), tl.load(move + 1), tl.load(move + 2)
     count, position = tl.load(move + 3), tl.load(move + 4)
-    head = tl.program_id(1)
     token = tl.arange(0, TOKENS)
     in_range = token < count
     page, row = ROW(first + token, in_range, base, kv_indices_ptr, PAGE_SIZE, True)
@@ -58,7 +59,7 @@ def move(plan: Plan, out: torch.Tensor, x: torch.Tensor, moves: torch.Tensor, ro
     if not len(moves):
         return
     heads, dim = out.shape[1:]
-    move_kernel[(len(moves), heads)](
+    move_kernel[(len(moves) * heads,)](
         out, x, moves, plan.kv_indices, plan.table, x.stride(0) if paged else 0, x.stride(-3), x.stride(-2),
         ROW=kv.paged_row if paged else kv.contiguous_row,
         COS_SIN=cos_sin_for(p.q_dtype == torch.float32) if rotate else None,
@@ -74,9 +75,9 @@ def copy(
     family's `run`."""
     p, moves = plan.problem, plan.moves
     assert moves is not None, "a plan with copy_first"
-    turned_q, turned_k, gathered_v, rest = moved(p, plan.work, workspace)
+    turned_q, turned_k, gathered_v, rest = moved(p, plan.work, plan.config.turn_q, workspace)
     rotate = p.rope is not None
-    if rotate:
+    if len(turned_q):
         move(plan, turned_q, q, moves.q, True, False)
         q = turned_q
     move(plan, turned_k, k, moves.kv, rotate, p.paged)

@@ -10,24 +10,28 @@ import triton.language as tl
 
 from flashtile.kernels.rope import cos_sin_of
 
+# cos ($0) and sin ($1) of an angle ($2). Whole turns are taken off by the leading and by the trailing bits of 2 pi.
+COS_SIN_PTX = tl.constexpr(
+    """{ .reg .f32 turns, r;
+    fma.rn.f32 turns, $2, 0f3e22f983, 0f4b400000;
+    sub.rn.f32 turns, turns, 0f4b400000;
+    fma.rn.f32 r, turns, 0fc0c90fdb, $2;
+    fma.rn.f32 r, turns, 0f343bbd2e, r;
+    cos.approx.f32 $0, r;
+    sin.approx.f32 $1, r; }"""
+)
+
 
 @triton.jit
 def fast_cos_sin(angle):
     """cos and sin of fp32 angles up to 2e7, within 2**-20: far below the rounding to 16 bits that follows.
 
-    Whole turns are taken off exactly, by the leading and by the trailing bits of 2 pi (1.2e-7 is left at 1e6 radians),
-    where the special function unit alone would lose what the angle's size costs. 6 instructions and 2 of that unit.
+    Whole turns are taken off exactly (1.2e-7 is left at 1e6 radians), where the special function unit alone would lose
+    what the angle's size costs. 6 instructions and 2 of that unit.
     """
     return tl.inline_asm_elementwise(
-        """{ .reg .f32 turns, r;
-        fma.rn.f32 turns, $2, 0f3e22f983, 0f4b400000;
-        sub.rn.f32 turns, turns, 0f4b400000;
-        fma.rn.f32 r, turns, 0fc0c90fdb, $2;
-        fma.rn.f32 r, turns, 0f343bbd2e, r;
-        cos.approx.f32 $0, r;
-        sin.approx.f32 $1, r; }""",
-        "=&r,=r,r", [angle], dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
+        COS_SIN_PTX, "=&r,=r,r", [angle], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+    )
 
 
 @triton.jit

@@ -1,5 +1,6 @@
-"""Copying first: K, V if it is paged, and q if it is rotated, are brought into the workspace before attention, one
-request after the other. Which rows go where, and how the workspace is shared out."""
+"""Copying first: K, V if it is paged, and q if it is rotated and the family does not turn it itself, are brought into
+the workspace before attention, one request after the other. Which rows go where, and how the workspace is shared out.
+"""
 
 import math
 from dataclasses import dataclass
@@ -36,27 +37,30 @@ def make_moves(to: Ints, base: Ints, length: Ints, position: Ints) -> NDArray[np
     return np.stack([to[r] + first, base[r], first, count, position[r] + first], axis=1).astype(np.int32)
 
 
-def moved_shapes(p: Problem, work: Workload) -> tuple[tuple[int, int, int], ...]:
-    """[rows, heads, dim] of q, K and V in the workspace; q and V have no rows there if they are read where they are."""
+def moved_shapes(p: Problem, work: Workload, turn_q: bool) -> tuple[tuple[int, int, int], ...]:
+    """[rows, heads, dim] of q, K and V in the workspace; q and V have no rows there if they are read where they are.
+
+    turn_q: see Config.
+    """
     return (
-        (work.nnz_qo if p.rope else 0, p.num_qo_heads, p.head_dim_qk),
+        (work.nnz_qo if p.rope and not turn_q else 0, p.num_qo_heads, p.head_dim_qk),
         (work.total_kv_len, p.num_kv_heads, p.head_dim_qk),
         (work.total_kv_len if p.paged else 0, p.num_kv_heads, p.head_dim_vo),
     )
 
 
-def moved_bytes(p: Problem, work: Workload) -> list[int]:
+def moved_bytes(p: Problem, work: Workload, turn_q: bool) -> list[int]:
     """Bytes of q, K and V in the workspace, each a multiple of 128. They grow with the batch: the one part of the
     workspace that the number of CTAs does not bound."""
-    return [-(-math.prod(shape) * p.q_dtype.itemsize // 128) * 128 for shape in moved_shapes(p, work)]
+    return [-(-math.prod(shape) * p.q_dtype.itemsize // 128) * 128 for shape in moved_shapes(p, work, turn_q)]
 
 
-def moved(p: Problem, work: Workload, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moved(p: Problem, work: Workload, turn_q: bool, workspace: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, K and V in the workspace (uint8), and the rest of it."""
-    sizes = moved_bytes(p, work)
+    sizes = moved_bytes(p, work, turn_q)
     *parts, rest = workspace.split([*sizes, workspace.numel() - sum(sizes)])
     q, k, v = (
         part.view(p.q_dtype)[: math.prod(shape)].view(shape)
-        for part, shape in zip(parts, moved_shapes(p, work), strict=True)
+        for part, shape in zip(parts, moved_shapes(p, work, turn_q), strict=True)
     )
     return q, k, v, rest

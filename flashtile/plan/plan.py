@@ -88,7 +88,7 @@ class Plan:
     def workspace_size(self) -> int:
         """Bytes of workspace that run() needs: the partial states of split tiles, fp32; and of rotated q and K."""
         if self.inner is not None:
-            return sum(moved_bytes(self.problem, self.work)) + self.inner.workspace_size()
+            return sum(moved_bytes(self.problem, self.work, self.config.turn_q)) + self.inner.workspace_size()
         return self.num_slots * self.num_head_groups * self.config.block_m * (self.problem.head_dim_vo + 1) * 4
 
     def partials(self, workspace: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,12 +154,13 @@ def _make_copied_plan(
     """The plan of a batch whose K and V, and q if it is rotated, are copied first."""
     qo_begin, qo_len = lengths.qo_indptr[:-1], np.diff(lengths.qo_indptr)
     kv_begin = np.cumsum(lengths.kv_len) - lengths.kv_len
-    rotated = qo_len if problem.rope else np.zeros_like(qo_len)
+    rope_left = problem.rope if config.turn_q else None  # of q
+    rotated = qo_len if problem.rope and not rope_left else np.zeros_like(qo_len)
     q_moves = make_moves(qo_begin, qo_begin, rotated, lengths.kv_len - qo_len)
     kv_moves = make_moves(kv_begin, lengths.kv_base, lengths.kv_len, np.zeros_like(kv_begin))
     table, q_part, kv_part = upload([position_table(problem).view(np.int32), q_moves, kv_moves], device)
     inner = make_plan(
-        replace(problem, rope=None, page_size=0),
+        replace(problem, rope=rope_left, page_size=0),
         replace(config, copy_first=False),
         Lengths(lengths.qo_indptr, kv_begin, lengths.kv_len),
         kv_indices,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashtile.config import Config, hopper, hopper_refusal
+from flashtile.config import TURNED_DIMS, Config, hopper, hopper_refusal
 from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Workload
 from flashtile.testing.cases_attention import (
@@ -88,7 +88,8 @@ def config_of(case: AttentionCase, dtype: torch.dtype) -> Config:
     work = Workload(len(lens), sum(lens), max(lens), sum(case.kv_lens), max(case.kv_lens))
     problem = problem_of(case, dtype)
     if case.rope is not None:
-        return replace(hopper(replace(problem, rope=None, page_size=0), work), copy_first=True)
+        served = hopper(replace(problem, rope=None, page_size=0), work)
+        return replace(served, copy_first=True, turn_q=case.head_dim in TURNED_DIMS)
     return hopper(problem, work)
 
 
@@ -128,6 +129,9 @@ ROPE_CASES = [
         (_PAGED, Rope()), (replace(_PAGED, page_size=1, window_left=100), Rope()),
         (replace(_PAGED, sinks=True, logits_soft_cap=20.0, kv_layout="HND"), Rope()),
         (replace(_PAGED, head_dim=64), Rope()), (replace(_RAGGED, head_dim=192, head_dim_vo=128), Rope()),
+        (replace(_PAGED, head_dim=256), Rope()), (replace(_MIXED, window_left=300), Rope()),
+        (replace(_PAGED, kv_lens=(700, 1500, 64), qo_lens=(64, 33, 16), heads=(10, 2)), Rope()),
+        (replace(_PAGED, kv_lens=(700, 1500, 64), qo_lens=(16, 3, 16), heads=(8, 2)), Rope()),
         (replace(_ALIGNED, kv_lens=(384, 0, 128), qo_lens=(128, 128, 384)), Rope()),
     )
 ]  # fmt: skip
@@ -137,6 +141,28 @@ ROPE_CASES = [
 def test_rotated_first(case: AttentionCase) -> None:
     check(case, torch.bfloat16)
     check(case, torch.float16)
+    check(case, torch.bfloat16, turn_q=False)
+    check(case, torch.bfloat16, kv_chunk=128)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_rotated_by_three_consumers_and_by_chunks_of_rows(dim: int) -> None:
+    case = replace(_RAGGED, rope=Rope(), head_dim=dim)
+    check(case, torch.bfloat16, **({"block_m": 192, "num_stages": 3} if dim == 64 else {}))
+
+
+@pytest.mark.parametrize("case", [_RAGGED, _PAGED], ids=str)
+def test_rotated_by_the_portable_family_where_the_kernel_cannot(case: AttentionCase) -> None:
+    """Queries at odd elements, and logits of a negative scale: the keys are then turned in passing, and no more."""
+    check(replace(case, rope=Rope(), sm_scale=-0.2), torch.bfloat16)
+    x = make_inputs(replace(case, rope=Rope()), torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda", config=config_of(x.case, torch.bfloat16))
+    first = run_case(x, wrapper)
+    wide = torch.zeros(*x.q.shape[:2], x.q.shape[2] + 1, dtype=x.q.dtype, device="cuda")
+    wide[..., 1:] = x.q
+    x.q = wide[..., 1:]
+    again = run_case(x, wrapper)
+    torch.testing.assert_close(first[0], again[0], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("case", [c for c in LONG_CASES if c.name.startswith("paged")], ids=str)

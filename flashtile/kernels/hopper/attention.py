@@ -74,7 +74,7 @@ RUNTIME = (
 @gluon.jit(do_not_specialize=RUNTIME)
 def attention_kernel(
     q_desc, q_heads_desc, k_desc, v_desc, o_desc, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    sinks_ptr, items_ptr, kv_indices_ptr, turns_ptr,
+    sinks_ptr, freqs_ptr, items_ptr, kv_indices_ptr, turns_ptr,
     q_token: I32, q_cols: I32, q_rows: I32, q_heads_token: I32, group: I32,
     k_page: I32, k_token: I32, k_head: I32, v_page: I32, v_token: I32,
     v_head: I32, stride_on: I64, stride_oh: I64, o_cols: I32, o_rows: I32,
@@ -120,7 +120,7 @@ def attention_kernel(
     if C.consumers == 1:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, bars, outputs, scales, window, C)),
+                (consumer, (0, smem, bars, outputs, scales, window, freqs_ptr, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
             ],
@@ -130,8 +130,8 @@ def attention_kernel(
     elif C.consumers == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, bars, outputs, scales, window, C)),
-                (consumer, (1, smem, bars, outputs, scales, window, C)),
+                (consumer, (0, smem, bars, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, freqs_ptr, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
             ],
@@ -141,9 +141,9 @@ def attention_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, bars, outputs, scales, window, C)),
-                (consumer, (1, smem, bars, outputs, scales, window, C)),
-                (consumer, (2, smem, bars, outputs, scales, window, C)),
+                (consumer, (0, smem, bars, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (1, smem, bars, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (2, smem, bars, outputs, scales, window, freqs_ptr, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
             ],
@@ -272,7 +272,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n),
         left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned, tails=has_tails(plan),
         pack_decode=c.pack_decode and 1 in np.diff(plan.lengths.qo_indptr),
-        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=c.turn_q,
     )  # fmt: skip
 
 
@@ -310,6 +310,15 @@ def portable_plan(plan: Plan) -> Plan:
     return setup_of(plan).portable_plan()
 
 
+def takes(plan: Plan, q: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> bool:
+    """Whether the kernels can read and write these tensors, K aside, and logits of this scale: the running maximum is
+    of q.k itself, which needs a positive one; copies move 16 bytes; and at head_dim 256 values must be in TMA's reach,
+    as the kernel that gathers rows would spill registers."""
+    if not sm_scale > 0 or not (copyable(q) and copyable(v) and copyable(out)):
+        return False
+    return plan.problem.head_dim_qk != 256 or as_matrix(v) is not None
+
+
 def run(
     plan: Plan,
     q: torch.Tensor,
@@ -326,8 +335,7 @@ def run(
     if not plan.num_items:
         return
     setup = setup_of(plan)
-    if not sm_scale > 0 or not (copyable(k) and copyable(v) and copyable(q) and copyable(out)) or not k.shape[0]:
-        # the running maximum is of q.k itself, which needs a positive scale; copies move 16 bytes
+    if not takes(plan, q, v, out, sm_scale) or not copyable(k) or not k.shape[0]:
         portable.run(setup.portable_plan(), q, k, v, out, lse, workspace, sm_scale, sinks)
         return
     q_matrix, out_matrix = (as_matrix(q), as_matrix(out)) if c.pack == 1 else (None, None)
@@ -358,7 +366,7 @@ def run(
     partial, partial_lse = plan.partials(workspace)
     attention_kernel[setup.grid](
         q_desc, q_heads_desc, k_desc, v_desc, o_desc, q, k, v, out, lse, partial, partial_lse,
-        sinks if sinks is not None else lse, plan.items, plan.kv_indices, plan.turns,
+        sinks if sinks is not None else lse, plan.table, plan.items, plan.kv_indices, plan.turns,
         *q_steps, heads_matrix.pages if heads_matrix else 0, p.group_size, *k_steps, *v_steps,
         out.stride(0) // 8, out.stride(1) // 8, *o_steps,
         p.num_qo_heads, plan.num_head_groups, setup.heads_per_item, *setup.inverses, c.pack,
@@ -383,7 +391,7 @@ def signature(spec: Spec, dtype: str) -> dict[str, str]:
         return f"tensordesc<{dtype}[{rows}, {panel(dim)}],{rows_layout(dim)!r}>"
 
     found = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
-    found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr"), "*fp32")
+    found |= dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr", "sinks_ptr", "freqs_ptr"), "*fp32")
     found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
     found |= dict.fromkeys(("scale", "cap_scale", "slack"), "fp32")
     found["q_desc"] = desc(64, spec.d_qk) if spec.q_tma else "constexpr"
@@ -426,6 +434,23 @@ def compile_cases() -> Iterator[CompileCase]:
             gathered, packed=True, pack_decode=False, stages=3, q_tma=False, o_tma=False, aligned=False
         ),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
+        "rope": replace(causal, rope=True),
+        "rope.all": replace(
+            causal, rope=True, aligned=False, tails=True, pack_decode=True, left=True, sinks=True, split=True
+        ),
+        "rope.cap": replace(causal, rope=True, aligned=False, tails=True, pack_decode=True, left=True, soft_cap=True),
+        "rope.gathered": replace(rows, rope=True, paged=False, box=0),
+        "rope.packed": replace(
+            causal, rope=True, packed=True, stages=3, split=True, q_tma=False, o_tma=False, aligned=False, tails=True
+        ),
+        "rope.packed.split": replace(
+            causal, rope=True, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False, left=True
+        ),
+        "rope.dim64": replace(causal, rope=True, d_qk=64, d_vo=64, stages=4),
+        "rope.dim64.three": replace(
+            causal, rope=True, d_qk=64, d_vo=64, consumers=3, stages=3, aligned=False, tails=True
+        ),
+        "rope.dim256": replace(causal, rope=True, d_qk=256, d_vo=256, block_n=64, aligned=False, tails=True),
         "dim64": replace(causal, d_qk=64, d_vo=64, stages=4),
         "dim64.three": replace(causal, d_qk=64, d_vo=64, consumers=3, stages=3, aligned=False),
         "dim64.three.full": replace(causal, d_qk=64, d_vo=64, consumers=3, stages=3, right=False, tails=True),

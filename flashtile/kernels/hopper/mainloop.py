@@ -28,6 +28,7 @@ from flashtile.kernels.hopper.compat import (
 from flashtile.kernels.hopper.epilogue import rescale, store_tile
 from flashtile.kernels.hopper.lazy import any_grew, exp2_again, of_rows, rescale_if
 from flashtile.kernels.hopper.loader import stage
+from flashtile.kernels.hopper.rotation import turn_query
 from flashtile.kernels.hopper.spec import (
     ROWS,
     ahead,
@@ -304,7 +305,16 @@ def pass_over(it, bars, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constexpr):
+def query_arrived(q, ring, count, window, freqs_ptr, W: gl.constexpr, C: gl.constexpr):
+    """Make the query rows of tile number `count`, which have landed, what the tensor cores are to read."""
+    if C.rope:
+        turn_query(q[0], ring, count, window[2], freqs_ptr, W, C)
+    elif not C.q_tma:
+        fence_async_shared()
+
+
+@gluon.jit
+def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, freqs_ptr, C: gl.constexpr):
     """The role of consumer W: all tiles of the CTA, one after the other.
 
     Between two tiles, the last P V of one and the first S of the next are issued together, and the epilogue runs under
@@ -324,11 +334,11 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
     head = tiles.read(ring, 0, tiles.HEAD)
     tile = limits(ring, 0, window, W, C)
     wait_full(q_full, 0, C.q_slots)
-    if not C.q_tma:
-        fence_async_shared()
+    first_q = stage(q_bufs, W)
+    query_arrived(first_q, ring, 0, window, freqs_ptr, W, C)
     visible(k_full, 0, C)
     take_turn(W, C)
-    s_token = issue_s(stage(q_bufs, W), stage(k_bufs, 0), KEYS, C)
+    s_token = issue_s(first_q, stage(k_bufs, 0), KEYS, C)
     pass_turn(W, C)
     s = warpgroup_mma_wait(0, deps=[s_token])
     named_arrive(k_empty(C), threads(C))
@@ -375,13 +385,16 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, C: gl.constex
         take_turn(W, C)
         o_token = issue_pv(p_left, p_right, stage(v_bufs, it % C.stages), acc, False, C)
         wait_full(q_full, count, C.q_slots, more)
-        if not C.q_tma:
-            fence_async_shared()
+        # past the last tile this multiplies stale shared memory; nothing reads the result
+        next_q = stage(q_bufs, count % C.q_slots * C.consumers + W)
+        if C.rope:  # the other consumers' products need not wait for the rotation
+            pass_turn(W, C)
+        query_arrived(next_q, ring, count, window, freqs_ptr, W, C)
         wait_full(k_full, it + 1, C.stages, more)
         if C.gather:
             fence_async_shared()
-        # past the last tile this multiplies stale shared memory; nothing reads the result
-        next_q = stage(q_bufs, count % C.q_slots * C.consumers + W)
+        if C.rope:
+            take_turn(W, C)
         s_token = issue_s(next_q, stage(k_bufs, (it + 1) % C.stages), KEYS, C)
         pass_turn(W, C)
         acc = wait_pv(o_token, len(next_q))

@@ -39,6 +39,7 @@ class Spec:
         position.
     tails: the last rows of some request are those of consumer 0 alone. pack_decode: a tile of a request of one token
         holds all query heads of its group, one a row, though other tiles hold the tokens of one head.
+    rope: query rows are turned in shared memory as they arrive; keys have been.
     """
 
     d_qk: int
@@ -61,6 +62,7 @@ class Spec:
     soft_cap: bool = False
     sinks: bool = False
     split: bool = False
+    rope: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
