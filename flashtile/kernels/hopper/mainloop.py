@@ -26,12 +26,13 @@ from flashtile.kernels.hopper.compat import (
     warpgroup_mma_wait,
 )
 from flashtile.kernels.hopper.epilogue import rescale, store_tile
-from flashtile.kernels.hopper.lazy import any_grew, exp2_again, of_rows, rescale_if
+from flashtile.kernels.hopper.lazy import any_grew, border, exp2_again, of_rows, rescale_if
 from flashtile.kernels.hopper.loader import stage
 from flashtile.kernels.hopper.rotation import turn_query
 from flashtile.kernels.hopper.spec import (
     ROWS,
     ahead,
+    bordered,
     half_first,
     k_empty,
     lazy,
@@ -94,12 +95,40 @@ def wait_pv(acc, OUTSTANDING: gl.constexpr):
 
 
 @gluon.jit
-def halves(s, C: gl.constexpr):
+def halves(s):
     """Left and right half of S's columns; registers are renamed, nothing moves."""
-    KEYS: gl.constexpr = C.block_n // 2
+    KEYS: gl.constexpr = s.shape[1] // 2
     a, b = gl.split(gl.permute(gl.reshape(s, [ROWS, 2, KEYS]), (0, 2, 1)))
     L: gl.constexpr = mma_layout(KEYS)
     return gl.convert_layout(a, L, assert_trivial=True), gl.convert_layout(b, L, assert_trivial=True)
+
+
+@gluon.jit
+def joined(a, b):
+    """The inverse of `halves`."""
+    COLUMNS: gl.constexpr = 2 * a.shape[1]
+    s = gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), [ROWS, COLUMNS])
+    return gl.convert_layout(s, mma_layout(COLUMNS), assert_trivial=True)
+
+
+@gluon.jit
+def exps_first(sa, sb, c, mc, never_negative):
+    """exp2(sa c - mc), and something with the row maxima of sa and sb [64, 64]: a quarter of the exps is on its way
+    before most of the search begins."""
+    a, b = halves(sa)
+    a0, a1 = halves(a)
+    a2, a3 = halves(b)
+    a, b = halves(sb)
+    b0, b1 = halves(a)
+    b2, b3 = halves(b)
+    top = gl.maximum(gl.maximum(a0, b0), a1)
+    p0, top = border(gl.exp2(a0 * c - of_rows(mc, a0)), top, never_negative)
+    p1 = gl.exp2(a1 * c - of_rows(mc, a1))
+    top = gl.maximum(gl.maximum(top, b1), a2)
+    p2 = gl.exp2(a2 * c - of_rows(mc, a2))
+    top = gl.maximum(gl.maximum(top, b2), gl.maximum(a3, b3))
+    p3 = gl.exp2(a3 * c - of_rows(mc, a3))
+    return joined(joined(p0, p1), joined(p2, p3)), top
 
 
 @gluon.jit
@@ -206,7 +235,7 @@ def first_softmax(s, tile, scales, dtype: gl.constexpr, HALF: gl.constexpr, C: g
         l = sum_own(pa)
         pb = gl.zeros_like(pa)
     else:
-        sa, sb = halves(s, C)
+        sa, sb = halves(s)
         m = gl.maximum(gl.max(gl.maximum(sa, sb), 1), FLOOR)
         pa = gl.exp2(sa * c - (m * c)[:, None])
         pb = gl.exp2(sb * c - (m * c)[:, None])
@@ -256,20 +285,26 @@ def step(
     if masked_loop(C):  # noqa: SIM102 (the outer condition is known to the compiler, the inner one is not)
         if (n >= full) | (n < left):
             s = mask(s, n, high, low, C)
-    sa, sb = halves(s, C)
-    m_new = gl.convert_layout(gl.max(gl.maximum(sa, sb), 1), row_layout(), assert_trivial=True)
+    sa, sb = halves(s)
+    if bordered(C):
+        early, top = exps_first(sa, sb, c, m * c, it)
+    else:
+        top = gl.maximum(sa, sb)
+    m_new = gl.convert_layout(gl.max(top, 1), row_layout(), assert_trivial=True)
     if lazy(C):
         grew = any_grew(m_new, bound)
         m_new = gl.where(m_new > bound, m_new, m)
     else:
         m_new = gl.maximum(m, m_new)
     if ahead(C):
-        pa = exp2_again(grew, gl.exp2(sa * c - of_rows(m * c, sa)), sa, c, m_new * c)
+        if not bordered(C):
+            early = gl.exp2(sa * c - of_rows(m * c, sa))
+        pa = exp2_again(grew, early, sa, c, m_new * c)
     else:
         pa = gl.exp2(sa * c - of_rows(m_new * c, sa))
     alpha = gl.exp2((m - m_new) * c)
-    l = l * of_rows(alpha, l) + sum_own(pa)
     if not ahead(C):
+        l = l * of_rows(alpha, l) + sum_own(pa)
         if C.q_slots == 1:  # Q may have been freed, but not this V
             wait_full(bars[3], it, C.stages)  # PIN
         else:
@@ -281,6 +316,8 @@ def step(
     pb = gl.exp2(sb * c - of_rows(m_new * c, sb))
     if not lazy(C):
         acc = rescale(acc, alpha)
+    if ahead(C):  # under the right half's exps
+        l = l * of_rows(alpha, l) + sum_own(pa)
     l += sum_own(pb)
     return acc, pack_p(pa, dtype), pack_p(pb, dtype), m_new, l
 

@@ -119,8 +119,15 @@ def lazy(spec):
 @gluon.constexpr_function
 def ahead(spec):
     """Whether P's left half is computed while the block's maxima are still searched, and again where they have grown:
-    5 % of long prefill. It takes 32 registers, and gains nothing at other head dims."""
-    return lazy(spec) and spec.d_qk == 128 and spec.d_vo == 128
+    5 % of long prefill. It takes 32 registers, and gains nothing at head dims 96 and 256."""
+    return lazy(spec) and spec.d_vo == 128
+
+
+@gluon.constexpr_function
+def bordered(spec):
+    """Whether a branch tells ptxas which of these exps come first: 2 to 4 % of long prefill. It takes a few registers
+    more, which head_dim 192 and the addresses of an output that TMA does not store leave too few of."""
+    return ahead(spec) and spec.d_qk == 128 and spec.o_tma
 
 
 @gluon.constexpr_function
