@@ -129,9 +129,9 @@ def choose(
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
     rows = work.max_qo_len * problem.group_size
     # Copying first moves each key and value four times. It pays where a rotation would else be repeated for every tile,
-    # or KV be gathered by rows, which costs a tenth and more (H100, 32/8 heads: 16 x 1024 tokens 278 us by rows; 8 x
-    # 2048 464 copied, 472 by rows; 1 x 16384 2939 and 3674)
-    copy = problem.rope is not None or (box_rows(problem.page_size, 128) == 0 and rows > 4096 and may_copy)
+    # or KV be gathered by rows, which costs a tenth (H100, 32/8 heads: 16 x 1024 tokens 267 us by rows, 287 copied; 8 x
+    # 2048 448 and 451; 4 x 4096 827 and 791)
+    copy = problem.rope is not None or (box_rows(problem.page_size, 128) == 0 and rows > 8192 and may_copy)
     served = replace(problem, rope=None, page_size=0) if copy else problem  # what the Hopper family would see
     refusal = hopper_refusal(served, capability(device))
     if backend == "fa3" and refusal:
@@ -208,8 +208,8 @@ def hopper(p: Problem, w: Workload) -> Config:
 
 def _three_consumers_pay(p: Problem, w: Workload) -> bool:
     """Whether long tiles of head_dim 64 take 192 rows: exps take as long there as products, and a third consumer fills
-    the gaps (H100, 16k tokens not causal 3863 us, by 128 rows 4600; causal 2046, 2365; 1k causal 246, 190). With a soft
-    cap, or where rows are gathered, the 160 registers of a consumer are too few."""
+    the gaps (H100, 16k tokens not causal 3868 us, by 128 rows 4121; causal 2025, 2172; 4 x 4096 1012, 1040, causal 581,
+    576). With a soft cap, or where rows are gathered, the 160 registers of a consumer are too few."""
     enough = w.max_kv_len >= 4096 and w.nnz_qo * p.num_qo_heads >= 2**18  # 1365 tiles
     return enough and p.logits_soft_cap == 0 and (p.page_size == 0 or box_rows(p.page_size, 128) > 0)
 

@@ -14,6 +14,7 @@ from flashtile.kernels.hopper.attention import (
     Matrix,
     as_matrix,
     fit,
+    near,
     portable_plan,
     shared_bytes,
 )
@@ -153,13 +154,19 @@ def test_rope_is_served_after_a_rotation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen(rope, 64, "fa3") == ("hopper", True)
     assert chosen(rope, 1024, "fa2") == ("portable", False)
     rows = replace(rope, rope=None, page_size=1)
-    assert chosen(rows, 2048) == ("hopper", True), "K and V are gathered first where many tiles would gather them"
-    assert chosen(rows, 512) == ("hopper", False)
-    assert config.choose(rows, Workload(8, 8 * 2048, 2048, 8 * 4096, 4096), device, may_copy=False).copy_first is False
+    assert chosen(rows, 4096) == ("hopper", True), "K and V are gathered first where many tiles would gather them"
+    assert chosen(rows, 2048) == ("hopper", False)
+    assert config.choose(rows, Workload(8, 8 * 4096, 4096, 8 * 4096, 4096), device, may_copy=False).copy_first is False
     assert chosen(alibi, 1024) == ("portable", False)
     assert chosen(replace(rope, rope=None), 1024) == ("hopper", False)
     with pytest.raises(NotImplementedError, match="ALIBI"):
         chosen(alibi, 1024, "fa3")
+
+
+def test_offsets_of_gathered_rows_are_32_bits_wide() -> None:
+    shape, row = (2, 1, 8, 128), (1024, 128, 1)
+    assert near(torch.empty_strided(shape, (2**35 - 2048, *row), dtype=torch.bfloat16, device="meta"))
+    assert not near(torch.empty_strided(shape, (2**35, *row), dtype=torch.bfloat16, device="meta"))
 
 
 def test_tensors_as_scales_are_left_to_the_portable_family() -> None:

@@ -227,13 +227,25 @@ def rising(case: AttentionCase, steepness: float, loud: float) -> Inputs:
     return x
 
 
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, dim], its heads no whole number of tokens apart: beyond TMA, but not beyond copies of rows."""
+    tokens, heads, dim = x.shape
+    wide = torch.zeros(heads, tokens * dim + 8, dtype=x.dtype, device=x.device)
+    found = wide[:, : tokens * dim].unflatten(1, (tokens, dim)).transpose(0, 1)
+    found.copy_(x)
+    return found
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["tma", "rows"])
 @pytest.mark.parametrize("loud", [1.0, 10.0])
 @pytest.mark.parametrize("steepness", [3.0, 30.0])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
-def test_maxima_that_grow(dims: tuple[int, int], causal: bool, steepness: float, loud: float) -> None:
+def test_maxima_that_grow(dims: tuple[int, int], causal: bool, steepness: float, loud: float, rows: bool) -> None:
     case = replace(_RAGGED, kv_lens=(1500, 130, 1), causal=causal, head_dim=dims[0], head_dim_vo=dims[1])
     x = rising(case, steepness, loud)
+    if rows:
+        x.cache = apart(x.cache[0]), apart(x.cache[1])
     wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
     out, lse = run_case(x, wrapper)
     (oracle, oracle_lse), (peer, peer_lse) = expected(x, torch.float64), expected(x, torch.bfloat16)

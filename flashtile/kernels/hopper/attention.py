@@ -92,7 +92,7 @@ def attention_kernel(
         o_bufs = buffers(dtype, C.consumers, ROWS, C.d_vo)
     scratch = gl.to_tensor(0)
     if C.gather:
-        scratch = gl.allocate_shared_memory(gl.int64, [2, C.block_n], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        scratch = gl.allocate_shared_memory(gl.int32, [2, C.block_n], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring = gl.allocate_shared_memory(gl.int32, [RING, WARP], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     KV_ARRIVALS: gl.constexpr = 32 * loader_warps(C) if C.gather else 1
     q_full = barriers(C.q_slots, 1)
@@ -210,6 +210,11 @@ def copyable(x: torch.Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
+def near(x: torch.Tensor) -> bool:
+    """Whether all of x lies within 2**32 times 8 elements (64 GB): what the offsets of a gathering loader reach."""
+    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) // 8 < 2**32
+
+
 def is_aligned(plan: Plan) -> bool:
     """Whether the diagonal of every tile starts at the first key of a KV block, and the tile's last block holds all of
     it."""
@@ -281,7 +286,7 @@ def shared_bytes(spec: Spec) -> int:
     q = spec.q_slots * spec.consumers * 64 * spec.d_qk
     kv = spec.stages * spec.block_n * (spec.d_qk + spec.d_vo)
     out = spec.consumers * 64 * spec.d_vo if spec.o_tma else 0
-    return 2 * (q + kv + out) + (16 * spec.block_n if spec.gather else 0)
+    return 2 * (q + kv + out) + (8 * spec.block_n if spec.gather else 0)
 
 
 def fit(spec: Spec) -> Spec:
@@ -344,7 +349,7 @@ def run(
     heads_matrix = by_heads(q) if setup.base.pack_decode and q_matrix else None
     if setup.base.pack_decode and heads_matrix is None:
         q_matrix = None
-    if gather and p.head_dim_qk == 256:  # the gathering variant of this head dim would spill registers
+    if gather and not (p.head_dim_qk < 256 and near(k) and near(v)):  # head_dim 256 would spill registers
         portable.run(setup.portable_plan(), q, k, v, out, lse, workspace, sm_scale, sinks)
         return
     spec = setup.spec(gather, q_matrix is not None, out_matrix is not None, sinks is not None)

@@ -17,9 +17,7 @@ from flashtile.kernels.hopper.compat import (
     reinterpret,
     tma_load,
 )
-from flashtile.kernels.hopper.spec import ROWS, k_empty, loader_warps, threads, v_empty
-
-CHUNK = gl.constexpr(32)  # rows that a gathering loader copies at once: more would cost it registers
+from flashtile.kernels.hopper.spec import ROWS, k_empty, loader_warps, num_pieces, threads, v_empty
 
 
 @gluon.constexpr_function
@@ -27,6 +25,20 @@ def copy_layout(columns, warps):
     """Registers of rows of `columns` elements, 8 elements (16 bytes) per thread."""
     across = min(columns // 8, 32)
     return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def chunk_rows(spec):
+    """Rows whose offsets a gathering loader holds at once: more would spill."""
+    return 64 if num_pieces(spec.d_qk) == 1 else 16
+
+
+@gluon.constexpr_function
+def gather_layout(rows, columns, warps):
+    """The same for a chunk of rows, of which each thread has neighbouring ones: it reads their offsets together."""
+    across = min(columns // 8, 32)
+    rows = rows * across // (32 * warps)
+    return gl.BlockedLayout([rows, 8], [32 // across, across], [warps, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -93,17 +105,17 @@ def copy_block(source, bufs, slot, bar, base, head, n, pages, table, C: gl.const
 
 @gluon.jit
 def stash_offsets(source, scratch, base, n, pages, table, C: gl.constexpr):
-    """Write down where the rows of KV block n are: a thread knows the offsets of a few rows, and needs those of the
-    rows it copies."""
+    """Write down where the rows of KV block n are, in units of 8 elements, below 2**32: a thread knows the offsets of a
+    few rows, and needs those of the rows it copies."""
     desc, ptr, page_step, token_step, head_step = source
     kv_indices_ptr, page_size, boxes = table
     tokens = n * C.block_n + gl.arange(0, C.block_n, layout=token_layout(loader_warps(C)))
     if C.paged:
-        offsets = pages.to(gl.int64) * page_step
+        offsets = pages * page_step
         if C.box != 1:
-            offsets += (tokens % page_size).to(gl.int64) * token_step
+            offsets += tokens % page_size * token_step
     else:
-        offsets = (base + tokens).to(gl.int64) * token_step
+        offsets = (base + tokens) * token_step
     scratch.store(offsets)
 
 
@@ -123,6 +135,7 @@ def gather_block(source, bufs, scratch, bar, head, valid, C: gl.constexpr):
 @gluon.jit
 def gather_rows(ptr, bufs, scratch, valid, MASKED: gl.constexpr, C: gl.constexpr):
     """Start to copy all rows of a block, those before `valid` only if MASKED."""
+    CHUNK: gl.constexpr = chunk_rows(C)
     for r in gl.static_range(C.block_n // CHUNK):
         first_col = 0
         for p in gl.static_range(len(bufs)):
@@ -134,10 +147,10 @@ def gather_rows(ptr, bufs, scratch, valid, MASKED: gl.constexpr, C: gl.constexpr
 @gluon.jit
 def gather_chunk(ptr, offsets, out, valid, MASKED: gl.constexpr, C: gl.constexpr):
     """Start to copy one piece of rows at offsets (shared memory, units of 8 elements) from ptr."""
-    L: gl.constexpr = copy_layout(out.shape[1], loader_warps(C))
+    L: gl.constexpr = gather_layout(out.shape[0], out.shape[1], loader_warps(C))
     ROW: gl.constexpr = gl.SliceLayout(1, L)
     cols = ptr + gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, L))  # once: a row then takes one 64-bit sum
-    rows = cols[None, :] + (offsets.load(ROW) * 8)[:, None]
+    rows = cols[None, :] + (offsets.load(ROW).to(gl.uint32).to(gl.int64) * 8)[:, None]
     if MASKED:
         cp_async(out, rows, mask=(gl.arange(0, out.shape[0], layout=ROW) < valid)[:, None])
     else:
@@ -343,6 +356,7 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
     count = gl.to_tensor(0)  # tiles begun, less one
     it = gl.to_tensor(0)  # blocks
     fresh = head >= 0  # the block is the first one of its tile
+    owed = head < 0  # the next tile's Q is still to be fetched
     upcoming = item
     while head >= 0:
         if fresh:
@@ -365,9 +379,11 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
                     load_q(count, item, q, smem, bars, C)
             item = upcoming
             count += 1
-            if C.q_slots == 2:  # noqa: SIM102
-                if tiles.field(item, tiles.HEAD) >= 0:
-                    load_q(count, item, q, smem, bars, C)
+            owed = tiles.field(item, tiles.HEAD) >= 0
+        if C.q_slots == 2:  # noqa: SIM102
+            if owed & ((not fresh) | (n == first)):  # the next tile's Q, whose slot the tile before has just left
+                load_q(count, item, q, smem, bars, C)
+                owed = False
         fresh = n == first
         head, base, kv_len, first, n, pages = head_then, base_then, kv_len_then, first_then, n_then, pages_then
 

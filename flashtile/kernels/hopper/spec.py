@@ -110,24 +110,33 @@ def half_first(spec):
 
 
 @gluon.constexpr_function
+def bordered(spec):
+    """Whether a branch tells ptxas which of the exps ahead come first (lazy.border): 2 to 4 % of long prefill, 7 % at
+    head_dim 64. It takes some registers, which three consumers, head_dim 192, and the addresses of an output that TMA
+    does not store leave too few of."""
+    fits = spec.o_tma and spec.d_qk == spec.d_vo and spec.d_qk <= 128 and spec.consumers < 3
+    return fits and not spec.soft_cap
+
+
+@gluon.constexpr_function
 def lazy(spec):
-    """Whether O is rescaled only where a maximum has grown by much (lazy.py). It costs 2 to 6 % at head_dim 64 and 3 %
-    with a soft cap, and gains nothing where rows are gathered."""
-    return spec.d_vo > 64 and not spec.soft_cap and not spec.gather
+    """Whether O is rescaled only where a maximum has grown by much (lazy.py). It costs some percent with a soft cap, or
+    at head_dim 64 without a border."""
+    return bordered(spec) or (spec.d_vo > 64 and not spec.soft_cap)
 
 
 @gluon.constexpr_function
 def ahead(spec):
     """Whether P's left half is computed while the block's maxima are still searched, and again where they have grown:
-    5 % of long prefill. It takes 32 registers, and gains nothing at head dims 96 and 256."""
-    return lazy(spec) and spec.d_vo == 128
+    5 % of long prefill. It takes 32 registers, and gains nothing at head dims 96, without a border, and 256."""
+    return bordered(spec) or (lazy(spec) and spec.d_vo == 128)
 
 
 @gluon.constexpr_function
-def bordered(spec):
-    """Whether a branch tells ptxas which of these exps come first: 2 to 4 % of long prefill. It takes a few registers
-    more, which head_dim 192 and the addresses of an output that TMA does not store leave too few of."""
-    return ahead(spec) and spec.d_qk == 128 and spec.o_tma
+def late_turn(spec):
+    """Whether a consumer passes its turn when its S is done, not as soon as its products are issued: 4 % at head_dim
+    96; 128 would be 3 % slower."""
+    return lazy(spec) and spec.d_qk in (96, 256)
 
 
 @gluon.constexpr_function
