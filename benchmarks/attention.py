@@ -27,19 +27,17 @@ def prefill(case: AttentionBench, device: torch.device, overrides: Overrides, wi
     window = {"window_left": WINDOW - 1} if case.variant == "window" else {}
     cap = {"logits_soft_cap": SOFT_CAP} if case.variant == "cap" else {}
     variant = {"causal": case.causal, "pos_encoding_mode": MODES[case.encoding]}
-    plan = {**variant, "q_data_type": q.dtype}
-    plan_with(wrapper, overrides, indptr, indptr, *sizes, case.dim_vo, **plan, **window, **cap)
+    plan_with(wrapper, overrides, indptr, indptr, *sizes, case.dim_vo, **variant, q_data_type=q.dtype, **window, **cap)
     sinks = {"sinks": torch.zeros(case.num_qo_heads, device=device)} if case.variant == "sinks" else {}
     out = torch.empty(*flat_q.shape[:2], case.dim_vo, dtype=q.dtype, device=device)
     ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(flat_q, flat_k, flat_v, out=out, **sinks)}
-    if case.variant:  # and the same without it
+    if case.variant or case.encoding != "none":  # and the same without it
         plain = public("BatchPrefillWithRaggedKVCacheWrapper")(_workspace(device), "NHD")
-        plan_with(plain, overrides, indptr, indptr, *sizes, case.dim_vo, **plan)
+        plan_with(plain, {}, indptr, indptr, *sizes, case.dim_vo, causal=case.causal, q_data_type=q.dtype)
         return Workload(ours | {"flashtile.plain": lambda: plain.run(flat_q, flat_k, flat_v, out=out)})
     if case.batch_size == 1 and not overrides:
         single = public("single_prefill_with_kv_cache")
         ours["flashtile.single"] = lambda: single(flat_q, flat_k, flat_v, **variant)
-    with_rivals = with_rivals and case.encoding == "none"
     return Workload(ours, rivals.dense_attention(q, k, v, case.causal) if with_rivals else {})
 
 

@@ -231,7 +231,7 @@ def apart(x: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, dim], its heads no whole number of tokens apart: beyond TMA, but not beyond copies of rows."""
     tokens, heads, dim = x.shape
     wide = torch.zeros(heads, tokens * dim + 8, dtype=x.dtype, device=x.device)
-    found = wide[:, : tokens * dim].unflatten(1, (tokens, dim)).transpose(0, 1)
+    found = wide.as_strided((tokens, heads, dim), (dim, tokens * dim + 8, 1))
     found.copy_(x)
     return found
 

@@ -380,8 +380,11 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
             item = upcoming
             count += 1
             owed = tiles.field(item, tiles.HEAD) >= 0
-        if C.q_slots == 2:  # noqa: SIM102
-            if owed & ((not fresh) | (n == first)):  # the next tile's Q, whose slot the tile before has just left
+        if C.q_slots == 2:
+            due = owed
+            if C.gather:  # its slot is free when the tile before ends: copies of this K need not wait for that
+                due = owed & ((not fresh) | (n == first))
+            if due:
                 load_q(count, item, q, smem, bars, C)
                 owed = False
         fresh = n == first

@@ -342,15 +342,6 @@ def pass_over(it, bars, W: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def query_arrived(q, ring, count, window, freqs_ptr, W: gl.constexpr, C: gl.constexpr):
-    """Make the query rows of tile number `count`, which have landed, what the tensor cores are to read."""
-    if C.rope:
-        turn_query(q[0], ring, count, window[2], freqs_ptr, W, C)
-    elif not C.q_tma:
-        fence_async_shared()
-
-
-@gluon.jit
 def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, freqs_ptr, C: gl.constexpr):
     """The role of consumer W: all tiles of the CTA, one after the other.
 
@@ -372,7 +363,10 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, freqs_ptr, C:
     tile = limits(ring, 0, window, W, C)
     wait_full(q_full, 0, C.q_slots)
     first_q = stage(q_bufs, W)
-    query_arrived(first_q, ring, 0, window, freqs_ptr, W, C)
+    if C.rope:
+        turn_query(first_q[0], ring, 0, window[2], freqs_ptr, W, C)
+    elif not C.q_tma:
+        fence_async_shared()
     visible(k_full, 0, C)
     take_turn(W, C)
     s_token = issue_s(first_q, stage(k_bufs, 0), KEYS, C)
@@ -418,20 +412,21 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, freqs_ptr, C:
         head = tiles.read(ring, count, tiles.HEAD)
         tile = limits(ring, count, window, W, C)
         more = head >= 0
+        # past the last tile, stale shared memory is turned and multiplied; nothing reads the result
+        next_q = stage(q_bufs, count % C.q_slots * C.consumers + W)
+        if C.rope:  # before the products: other consumers' run meanwhile
+            wait_full(q_full, count, C.q_slots, more)
+            turn_query(next_q[0], ring, count, window[2], freqs_ptr, W, C)
         visible(v_full, it, C)
         take_turn(W, C)
         o_token = issue_pv(p_left, p_right, stage(v_bufs, it % C.stages), acc, False, C)
-        wait_full(q_full, count, C.q_slots, more)
-        # past the last tile this multiplies stale shared memory; nothing reads the result
-        next_q = stage(q_bufs, count % C.q_slots * C.consumers + W)
-        if C.rope:  # the other consumers' products need not wait for the rotation
-            pass_turn(W, C)
-        query_arrived(next_q, ring, count, window, freqs_ptr, W, C)
+        if not C.rope:
+            wait_full(q_full, count, C.q_slots, more)
+            if not C.q_tma:
+                fence_async_shared()
         wait_full(k_full, it + 1, C.stages, more)
         if C.gather:
             fence_async_shared()
-        if C.rope:
-            take_turn(W, C)
         s_token = issue_s(next_q, stage(k_bufs, (it + 1) % C.stages), KEYS, C)
         pass_turn(W, C)
         acc = wait_pv(o_token, len(next_q))
