@@ -283,10 +283,11 @@ def test_gathered(case: AttentionCase, forced: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["aligned", "ragged", "mixed", "mixed.page1", "paged.page1", "paged.append", "paged.append.page1"]
+    "name",
+    ["aligned", "ragged", "mixed", "mixed.page1", "paged.page1", "paged.append", "paged.append.page1", "aligned.rope"],
 )
 def test_same_bits_100_times(name: str) -> None:
-    case = next(c for c in LONG_CASES if c.name == name)
+    case = next(c for c in (*LONG_CASES, *ROPE_CASES) if c.name == name)
     x = make_inputs(case, torch.bfloat16, "cuda")
     wrapper = make_wrapper(x, "cuda", config=config_of(case, torch.bfloat16))
     first = run_case(x, wrapper)
