@@ -4,11 +4,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+import triton
 
 from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import Tiling
 
 BACKENDS = ("auto", "fa2", "fa3")
+# Whether ptxas leaves the Hopper family registers for what takes a few more. That of Triton 3.9 keeps more of a
+# kernel's arguments in them, and would spill: there kernels do without, and are some percent slower.
+ROOMY_PTXAS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def box_rows(page_size: int, block_n: int) -> int:
 
 
 HOPPER_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}  # (head_dim_qk, head_dim_vo)
-TURNED_DIMS = (64, 128, 256)  # of q that the Hopper family can turn
+TURNED_DIMS = (64, 128, 256) if ROOMY_PTXAS else ()  # of q that the Hopper family can turn
 
 
 def hopper_refusal(p: Problem, sm: tuple[int, int]) -> str | None:

@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashtile.config import ROOMY_PTXAS
+
 # The old names still exist in 3.9, but raise: look for the new ones first.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -22,7 +24,10 @@ _SharedMemory = gl.shared_memory_descriptor
 # (buffer, dtype, shape, layout)
 reinterpret = getattr(_SharedMemory, "reinterpret", None) or _SharedMemory._reinterpret
 
+ROOMY = gl.constexpr(ROOMY_PTXAS)
+
 __all__ = [
+    "ROOMY",
     "TensorDescriptor",
     "cp_async",
     "cp_async_arrive",

@@ -20,7 +20,7 @@ Barriers (mbarriers unless said otherwise):
 
 from dataclasses import dataclass
 
-from flashtile.kernels.hopper.compat import gl, gluon
+from flashtile.kernels.hopper.compat import ROOMY, gl, gluon
 
 ROWS = gl.constexpr(64)  # query rows of a consumer: one wgmma
 RING = gl.constexpr(4)  # tiles in the hand-over ring
@@ -113,8 +113,8 @@ def half_first(spec):
 def bordered(spec):
     """Whether a branch tells ptxas which of the exps ahead come first (lazy.border): 2 to 4 % of long prefill, 7 % at
     head_dim 64. It takes some registers, which three consumers, head_dim 192, and the addresses of an output that TMA
-    does not store leave too few of."""
-    fits = spec.o_tma and spec.d_qk == spec.d_vo and spec.d_qk <= 128 and spec.consumers < 3
+    does not store leave too few of (and Triton 3.9, see config.ROOMY_PTXAS)."""
+    fits = ROOMY and spec.o_tma and spec.d_qk == spec.d_vo and spec.d_qk <= 128 and spec.consumers < 3
     return fits and not spec.soft_cap
 
 
