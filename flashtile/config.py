@@ -2,17 +2,27 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
-import triton
 
 from flashtile.plan.problem import Problem, Workload
 from flashtile.plan.worklist import Tiling
 
 BACKENDS = ("auto", "fa2", "fa3")
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor number of the installed Triton, without importing it; (0, 0) if it goes by another name."""
+    try:
+        return tuple(map(int, version("triton").split(".")[:2]))
+    except PackageNotFoundError:
+        return 0, 0
+
+
 # Whether ptxas leaves the Hopper family registers for what takes a few more. That of Triton 3.9 keeps more of a
 # kernel's arguments in them, and would spill: there kernels do without, and are some percent slower.
-ROOMY_PTXAS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+ROOMY_PTXAS = triton_version() < (3, 7)
 
 
 @dataclass(frozen=True)
