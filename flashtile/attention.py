@@ -284,8 +284,8 @@ class PlannedOp:
         """Bytes of float workspace that the current plan needs. RuntimeError before plan().
 
         The number of CTAs of the device bounds them, but for two kinds of prefill on Hopper: with ROPE_LLAMA, and over
-        pages of fewer than 8 tokens. There copies of the batch's KV (at head dims 96 and 192 of rotated q, too) are
-        counted, unless the workspace given has no room for them and another way needs none.
+        pages of fewer than 8 tokens. There copies of the batch's KV (of rotated q, too, where the kernel does not turn
+        it itself) are counted, unless the workspace given has no room for them and another way needs none.
         """
         return self._planned().workspace_size()
 

@@ -17,6 +17,7 @@ from flashtile.kernels.hopper.attention import (
     near,
     portable_plan,
     shared_bytes,
+    takes,
 )
 from flashtile.kernels.hopper.spec import Spec, v_empty
 from flashtile.plan.encoding import Rope
@@ -167,6 +168,28 @@ def test_offsets_of_gathered_rows_are_32_bits_wide() -> None:
     shape, row = (2, 1, 8, 128), (1024, 128, 1)
     assert near(torch.empty_strided(shape, (2**35 - 2048, *row), dtype=torch.bfloat16, device="meta"))
     assert not near(torch.empty_strided(shape, (2**35, *row), dtype=torch.bfloat16, device="meta"))
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_values_out_of_reach_are_refused_before_keys_are_turned(dim: int) -> None:
+    half = torch.bfloat16
+    lengths = Lengths(np.array([0, 300]), np.array([0]), np.array([700]))
+    problem = Problem(8, 2, dim, dim, half, half, half, window_right=0, rope=Rope())
+    c = replace(hopper(replace(problem, rope=None), lengths.workload()), copy_first=True, turn_q=True)
+    plan = make_plan(problem, c, lengths, torch.zeros(1, dtype=torch.int32), torch.device("cpu"))
+    q = torch.empty(300, 8, dim, dtype=half, device="meta")
+
+    def values(head_step: int) -> torch.Tensor:
+        return torch.empty_strided((700, 2, dim), (dim, head_step, 1), dtype=half, device="meta")
+
+    assert takes(plan, q, values(700 * dim), q, 1.0)
+    assert takes(plan, q, values(700 * dim + 8), q, 1.0) == (dim == 128), "rows are gathered at head_dim 128"
+    assert not takes(plan, q, values(2**36 + 8), q, 1.0), "beyond 32 bits, and no whole number of tokens apart"
+    assert not takes(plan, q, values(700 * dim), q, -1.0)
+    assert plan.inner is not None
+    with pytest.raises(AssertionError, match="turned again"):
+        portable_plan(plan.inner)
+    assert portable_plan(plan).problem == problem
 
 
 def test_tensors_as_scales_are_left_to_the_portable_family() -> None:

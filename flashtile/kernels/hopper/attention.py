@@ -264,6 +264,8 @@ class Setup:
         if self.portable is None:
             p = self.plan()
             assert p is not None, "a Setup is used while its plan exists"
+            turned = p.config.turn_q and p.inner is None and p.work.total_kv_len > 0
+            assert not turned, "keys that have been turned would be turned again; `takes` is asked before they are"
             config = configs.portable(p.problem, p.work, configs.capability(p.device), num_sms(p.device))
             self.portable = make_plan(p.problem, replace(config, split=False), p.lengths, p.kv_indices, p.device)
         return self.portable
@@ -277,7 +279,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         q_slots=2, packed=c.pack > 1, paged=p.paged, box=box_rows(p.page_size, c.block_n),
         left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned, tails=has_tails(plan),
         pack_decode=c.pack_decode and 1 in np.diff(plan.lengths.qo_indptr),
-        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=c.turn_q,
+        soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=c.turn_q and p.rope is not None,
     )  # fmt: skip
 
 
@@ -317,11 +319,11 @@ def portable_plan(plan: Plan) -> Plan:
 
 def takes(plan: Plan, q: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sm_scale: float) -> bool:
     """Whether the kernels can read and write these tensors, K aside, and logits of this scale: the running maximum is
-    of q.k itself, which needs a positive one; copies move 16 bytes; and at head_dim 256 values must be in TMA's reach,
-    as the kernel that gathers rows would spill registers."""
+    of q.k itself, which needs a positive one; copies move 16 bytes; and values must be in reach of TMA or of a
+    gathering loader, of which head_dim 256 has none, as it would spill registers."""
     if not sm_scale > 0 or not (copyable(q) and copyable(v) and copyable(out)):
         return False
-    return plan.problem.head_dim_qk != 256 or as_matrix(v) is not None
+    return (plan.problem.head_dim_qk < 256 and near(v)) or as_matrix(v) is not None
 
 
 def run(
