@@ -99,7 +99,12 @@ def decode(case: AttentionBench, device: torch.device, overrides: Overrides, wit
         shape = (case.num_kv_heads,) if case.scales == "head" else cache[0].shape[:-1]
         dtype = torch.float16 if case.scales == "fp16" else torch.float32
         scales = {name: (torch.rand(shape, device=device) / 32).to(dtype) for name in ("k_scale", "v_scale")}
-    return Workload({"flashtile": lambda: wrapper.run(q, cache, out=out, **scales)}, others)
+    ours: dict[str, Call] = {"flashtile": lambda: wrapper.run(q, cache, out=out, **scales)}
+    if case.encoding != "none":  # and the same without it
+        plain = public("BatchDecodeWithPagedKVCacheWrapper")(_workspace(device), case.layout.upper())
+        plain.plan(*tables, *sizes, **dtypes)
+        ours["flashtile.plain"] = lambda: plain.run(q, cache, out=out, **scales)
+    return Workload(ours, others)
 
 
 def _dense_cache_rivals(case: AttentionBench, q: Tensor) -> dict[str, Call]:

@@ -39,7 +39,8 @@ class Config:
         CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
-    section_tiles, pack_decode: see Tiling.
+    section_tiles, pack_decode: see Tiling. chained: cos and sin of most keys' angles follow from those of others, where
+        a rope turns keys as they are read (kernels/rotation.py).
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result. turn_q: but q is left to the Hopper family's own kernel.
     """
@@ -68,6 +69,7 @@ class Config:
     pack_decode: bool = False
     copy_first: bool = False
     turn_q: bool = False
+    chained: bool = False
 
     def __post_init__(self) -> None:
         if self.ways not in (1, self.num_warps) or self.ways % self.heads or (self.heads > 1 and self.ways == 1):
@@ -228,6 +230,11 @@ def _three_consumers_pay(p: Problem, w: Workload) -> bool:
     return enough and p.logits_soft_cap == 0 and (p.page_size == 0 or box_rows(p.page_size, 128) > 0)
 
 
+# Tokens of a request up to which a chain of angles (kernels/rotation.py) is as good as fp32 ones: at most 2**-8 radians
+# apart in bf16, whose keys are rounded by 2**-9 of themselves, and 2**-11 in fp16
+CHAINED_TOKENS = {torch.bfloat16: 2**16, torch.float16: 2**13}
+
+
 def portable(p: Problem, w: Workload, sm: tuple[int, int] = (9, 0), sms: int = 132) -> Config:
     """The portable family's choice. `sm`: compute capability."""
     row = _portable_row(p, w, sm, sms)
@@ -241,18 +248,28 @@ def _with_rope(p: Problem, w: Workload, row: Config, sm: tuple[int, int], sms: i
     wide = max(p.head_dim_qk, p.head_dim_vo)
     if p.q_dtype == torch.float32:
         return row
+    chained = w.max_kv_len <= CHAINED_TOKENS[p.q_dtype]
+    stages = 7 if p.k_format == "int4" else 5  # of 4 bits as many would fit; with 5, some variants spill
     if row.block_m == 16 and wide <= 128 and row.ctas_per_sm == 1:
+        row = replace(row, chained=chained)
         if sm >= (9, 0) and p.paged and _keys_per_sm(p, w, sms) >= 384:
-            # 16 x 4k tokens 97.9 us, without a rope 95.6, by 8 warps and 64 tokens 116; 1 x 16k 34.5, 32.3, 39
-            warps = 8 if p.quantised or p.page_size == 1 else 4  # 4 would spill
-            return replace(row, block_n=128, num_warps=warps, num_stages=5, max_registers=255)
+            # 16 x 4k tokens 97.6 us, without a rope 95.7, not chained 98.0, by 8 warps and 64 tokens 116; 1 x 16k 34.0,
+            # 32.4, 34.7, 39. Chains take fewer registers: without them most variants would spill
+            fits = chained or not (p.quantised or p.page_size == 1)
+            return replace(row, block_n=128, num_warps=4 if fits else 8, num_stages=stages, max_registers=255)
         return replace(row, block_n=64, num_warps=8, max_registers=168)  # more warps to hide the rotation
     if row.block_m == 16 and wide <= 128:
+        many = w.batch_size * p.num_kv_heads > 8 * sms
+        long = w.total_kv_len >= 2048 * w.batch_size
+        if chained and sm >= (9, 0) and (p.quantised or long or not (many and p.paged)):
+            # 64 x 4k tokens: 365 us, by the rows below 369, without a rope 358; 64 x 1k 101.4, 106, 95.3. 64 x 4k of
+            # fp8 205, 339, 187; of int8 233, 494, 195; of int4 219, 449, 121
+            row = replace(row, block_n=128, num_warps=4, num_stages=stages if p.quantised else 3, ctas_per_sm=2)
+            return replace(row, raw=False, heads=1, ways=1, max_registers=255, chained=True)
         fits = not p.quantised and p.window_left < 0 and not p.logits_soft_cap
         if fits and sm >= (9, 0):
-            # 64 x 4k tokens: 368 us, with 128 registers 371, without a rope 358, by four warps 374; 256 x 1k: 368 with
-            # 128 registers, of which more CTAs run at once, 385 with 168
-            many = w.batch_size * p.num_kv_heads > 8 * sms
+            # 256 x 1k tokens: 369 us with 128 registers, of which more CTAs run at once, 385 with 168, chained as above
+            # 373; without a rope 361
             row = replace(row, block_n=32, num_warps=2, num_stages=3)
             return replace(row, ctas_per_sm=8 if many else 6, max_registers=128 if many else 168)
         # two KV blocks of half the rows in flight are the bytes of one whole; ptxas left alone spills a few bytes

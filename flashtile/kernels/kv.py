@@ -25,6 +25,17 @@ def paged_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr
 
 
 @triton.jit
+def prefetch_pages(kv_base, kv_indices_ptr, begin, end, PAGE_SIZE: tl.constexpr):
+    """Ask for the page ids of tokens [begin, end), at most 1000 of them, in L2, 32 bytes a thread."""
+    first = begin // PAGE_SIZE + tl.arange(0, 128) * 8
+    wanted = (first * PAGE_SIZE < end).to(tl.int32)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [kv_indices_ptr + kv_base + first, wanted], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_rows(ptr, rows, cols, in_range, MASKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Columns `cols` [BLOCK], of which WIDTH exist, of the rows at offsets `rows` [BLOCK_N] in elements; 0
     elsewhere."""

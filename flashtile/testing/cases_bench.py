@@ -297,10 +297,12 @@ APPEND_NAMES = tuple(
 # Shapes without a figure in peers_h100.csv: position encodings inside attention, each beside the case without one.
 ENCODING_NAMES = (
     *(f"decode/b{b}.kv{n}.h32/8.bf16.page16.{mode}" for mode in ("rope", "alibi") for b, n in ((64, 4096), (1, 16384))),
-    "decode/b64.kv4096.h32/8.bf16.page1.rope",
-    "decode/b16.kv4096.h32/8.bf16.page16.rope",
+    *(f"decode/b{b}.kv{n}.h32/8.bf16.page1.rope" for b, n in ((64, 4096), (16, 4096), (1, 16384))),
+    *(f"decode/b{b}.kv{n}.h32/8.bf16.page16.rope" for b, n in ((16, 4096), (64, 1024), (1, 4096))),
+    *(f"decode/b64.kv4096.h32/8.{cache}.page16.rope" for cache in ("fp8", "int8", "int4")),
     "append/b64.q4.kv4096.h32/8.page16.rope",
     *(f"prefill/b{b}.s{n}.h32/8.causal.{mode}" for mode in ("rope", "alibi") for b, n in ((16, 1024), (2, 8192))),
+    "prefill/b4.s4096.h32/8.causal.rope",
     "paged/b2.s8192.h32/8.causal.page16.rope",
 )
 

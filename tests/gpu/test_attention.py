@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashtile.config import Config, capability, portable
+from flashtile.config import CHAINED_TOKENS, Config, capability, portable
 from flashtile.kernels.copied import move
 from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, make_plan
@@ -57,6 +57,7 @@ RAGGED = replace(LONG, name="long.ragged", page_size=0, qo_lens=(1, 1), causal=F
         LONG,
         replace(LONG, name="long.page1", page_size=1),
         replace(LONG, name="long.rope", rope=Rope()),
+        replace(LONG, name="long.page1.rope", page_size=1, rope=Rope()),
         replace(LONG, name="long.alibi", alibi=True),
         RAGGED,
         replace(RAGGED, name="long.ragged.alone", kv_lens=(40_000,), qo_lens=(1,)),
@@ -70,6 +71,21 @@ def test_longer_steps(case: AttentionCase) -> None:
     config = portable(problem_of(case, torch.bfloat16), work, capability(torch.device("cuda")))
     assert capability(torch.device("cuda")) < (9, 0) or config.block_n == (128 if case.page_size else 64)
     run(case, torch.bfloat16, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("beyond", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 40])
+def test_chains_of_angles(batch_size: int, beyond: int, dtype: torch.dtype) -> None:
+    """Keys as far from the start as chains go, and one further, where each angle is found for itself."""
+    n = CHAINED_TOKENS[dtype] + beyond
+    case = replace(LONG, kv_lens=(n,), heads=(4, 1), rope=Rope(), window_left=511)
+    work = Workload(batch_size, batch_size, 1, n * batch_size, n)
+    problem = replace(problem_of(case, dtype), num_qo_heads=32, num_kv_heads=8)
+    config = portable(problem, work, capability(torch.device("cuda")))
+    assert config.chained == (beyond == 0)
+    names = ("chained", "block_n", "num_warps", "num_stages", "ctas_per_sm", "max_registers")
+    run(case, dtype, 0, **{name: getattr(config, name) for name in names})
 
 
 NARROW = [
