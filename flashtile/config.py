@@ -161,7 +161,8 @@ def choose(
         enough = rows > 511 and may_copy
     if backend == "fa3" or (backend == "auto" and enough and refusal is None):
         turn_q = problem.rope is not None and problem.head_dim_qk in TURNED_DIMS
-        return replace(hopper(served, work), copy_first=copy, turn_q=turn_q)
+        chained = turn_q and work.max_kv_len <= CHAINED_TOKENS[problem.q_dtype]
+        return replace(hopper(served, work), copy_first=copy, turn_q=turn_q, chained=chained)
     return portable(problem, work, capability(device), num_sms(device))
 
 

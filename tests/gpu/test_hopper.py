@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashtile.config import TURNED_DIMS, Config, hopper, hopper_refusal
+from flashtile.config import CHAINED_TOKENS, TURNED_DIMS, Config, hopper, hopper_refusal
 from flashtile.plan.encoding import Rope
 from flashtile.plan.problem import Workload
 from flashtile.testing.cases_attention import (
@@ -89,7 +89,9 @@ def config_of(case: AttentionCase, dtype: torch.dtype) -> Config:
     problem = problem_of(case, dtype)
     if case.rope is not None:
         served = hopper(replace(problem, rope=None, page_size=0), work)
-        return replace(served, copy_first=True, turn_q=case.head_dim in TURNED_DIMS)
+        turn_q = case.head_dim in TURNED_DIMS
+        chained = turn_q and max(case.kv_lens) <= CHAINED_TOKENS[dtype]
+        return replace(served, copy_first=True, turn_q=turn_q, chained=chained)
     return hopper(problem, work)
 
 
@@ -142,7 +144,14 @@ def test_rotated_first(case: AttentionCase) -> None:
     check(case, torch.bfloat16)
     check(case, torch.float16)
     check(case, torch.bfloat16, turn_q=False)
+    check(case, torch.bfloat16, chained=False)
     check(case, torch.bfloat16, kv_chunk=128)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_rotated_as_far_as_chains_go(dtype: torch.dtype) -> None:
+    case = replace(_ALIGNED, kv_lens=(CHAINED_TOKENS[dtype],), qo_lens=(384,), heads=(4, 1), window_left=511)
+    check(replace(case, name="chained.rope", rope=Rope()), dtype)
 
 
 @pytest.mark.parametrize("dim", [64, 256])

@@ -21,11 +21,13 @@ from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrie
 from flashtile.kernels.hopper.lazy import GROWTH
 from flashtile.kernels.hopper.loader import qk_loader, v_loader
 from flashtile.kernels.hopper.mainloop import consumer
+from flashtile.kernels.hopper.rotation import turner
 from flashtile.kernels.hopper.spec import (
     RING,
     ROWS,
     WARP,
     Spec,
+    has_turner,
     loader_warps,
     num_pieces,
     panel,
@@ -101,9 +103,13 @@ def attention_kernel(
     v_full = barriers(C.stages, KV_ARRIVALS)
     tile_full = barriers(RING, 1)
     tail_full = barriers(1, 1)
+    q_ready = q_full
+    if has_turner(C):
+        q_ready = barriers(C.q_slots, 1)
 
     smem = (q_bufs, k_bufs, v_bufs, o_bufs, ring, scratch)
     bars = (q_full, q_empty, k_full, v_full, tile_full, tail_full)
+    ready = (q_ready, q_empty, k_full, v_full, tile_full, tail_full)
     pack = (heads_packed, inverse_packed)
     heads = (q_heads_desc, q_heads_token, group) if C.pack_decode else ()
     q = (q_desc, q_ptr, q_token, q_cols, q_rows, pack, heads)
@@ -120,18 +126,30 @@ def attention_kernel(
     if C.consumers == 1:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, bars, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (0, smem, ready, outputs, scales, window, freqs_ptr, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
             ],
             [loader_warps(C), loader_warps(C)],
             [registers(C)[2], registers(C)[2]],
         )
+    elif has_turner(C):
+        gl.warp_specialize(
+            [
+                (consumer, (0, smem, ready, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (1, smem, ready, outputs, scales, window, freqs_ptr, C)),
+                (turner, (smem, bars, q_ready, pack, freqs_ptr, C)),
+                (qk_loader, (smem, bars, q, k, work, table, C)),
+                (v_loader, (smem, bars, v, work, table, C)),
+            ],
+            [4, 4, loader_warps(C), loader_warps(C)],
+            [registers(C)[1], registers(C)[2], registers(C)[2], registers(C)[2]],
+        )
     elif C.consumers == 2:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, bars, outputs, scales, window, freqs_ptr, C)),
-                (consumer, (1, smem, bars, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (0, smem, ready, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (1, smem, ready, outputs, scales, window, freqs_ptr, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
             ],
@@ -141,9 +159,9 @@ def attention_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, smem, bars, outputs, scales, window, freqs_ptr, C)),
-                (consumer, (1, smem, bars, outputs, scales, window, freqs_ptr, C)),
-                (consumer, (2, smem, bars, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (0, smem, ready, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (1, smem, ready, outputs, scales, window, freqs_ptr, C)),
+                (consumer, (2, smem, ready, outputs, scales, window, freqs_ptr, C)),
                 (qk_loader, (smem, bars, q, k, work, table, C)),
                 (v_loader, (smem, bars, v, work, table, C)),
             ],
@@ -280,6 +298,7 @@ def base_spec(plan: Plan, aligned: bool) -> Spec:
         left=p.window_left >= 0, right=p.window_right >= 0, aligned=aligned, tails=has_tails(plan),
         pack_decode=c.pack_decode and 1 in np.diff(plan.lengths.qo_indptr),
         soft_cap=p.logits_soft_cap > 0, split=plan.num_merges > 0, rope=c.turn_q and p.rope is not None,
+        chained=c.chained and c.pack == 1,
     )  # fmt: skip
 
 
@@ -441,7 +460,10 @@ def compile_cases() -> Iterator[CompileCase]:
             gathered, packed=True, pack_decode=False, stages=3, q_tma=False, o_tma=False, aligned=False
         ),
         "packed.split": replace(causal, consumers=1, packed=True, split=True, q_tma=False, o_tma=False, aligned=False),
-        "rope": replace(causal, rope=True),
+        "rope": replace(causal, rope=True, chained=True),
+        "rope.decode": replace(causal, rope=True, chained=True, tails=True, pack_decode=True),
+        "rope.rows": replace(causal, rope=True, chained=True, q_tma=False, tails=True),
+        "rope.not_chained": replace(causal, rope=True, right=False),
         "rope.all": replace(
             causal, rope=True, aligned=False, tails=True, pack_decode=True, left=True, sinks=True, split=True
         ),

@@ -6,7 +6,7 @@ head. The gather works on pointers: page, token and head are strides in units of
 """
 
 from flashtile.kernels.hopper import tiles
-from flashtile.kernels.hopper.barriers import named_wait
+from flashtile.kernels.hopper.barriers import named_arrive, named_wait
 from flashtile.kernels.hopper.compat import (
     cp_async,
     cp_async_arrive,
@@ -17,7 +17,18 @@ from flashtile.kernels.hopper.compat import (
     reinterpret,
     tma_load,
 )
-from flashtile.kernels.hopper.spec import ROWS, k_empty, loader_warps, num_pieces, threads, v_empty
+from flashtile.kernels.hopper.spec import (
+    ROWS,
+    has_turner,
+    k_empty,
+    loader_warps,
+    num_pieces,
+    q_asked,
+    threads,
+    v_empty,
+)
+
+TURNER = gl.constexpr(160)  # threads that meet at a barrier of q_asked: the turner's, and a loader's
 
 
 @gluon.constexpr_function
@@ -328,6 +339,15 @@ def load_q(count, item, source, smem, bars, C: gl.constexpr):
             first_col += smem[0][p].shape[2]
         cp_async_arrive(bar, increment_count=True)
         mbarrier.arrive(bar, count=1)
+    if has_turner(C):
+        named_arrive(q_asked(C) + slot, TURNER)
+
+
+@gluon.jit
+def no_more(count, bars, C: gl.constexpr):
+    """Tell the turner that tile number `count` is none; a slot's barrier is in use as long as the slot is."""
+    mbarrier.wait(bars[1].index(count % C.q_slots), ((count // C.q_slots) & 1) ^ 1)
+    named_arrive(q_asked(C) + count % C.q_slots, TURNER)
 
 
 @gluon.jit
@@ -380,6 +400,9 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
             item = upcoming
             count += 1
             owed = tiles.field(item, tiles.HEAD) >= 0
+            if has_turner(C):  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if not owed:
+                    no_more(count, bars, C)
         if C.q_slots == 2:
             due = owed
             if C.gather:  # its slot is free when the tile before ends: copies of this K need not wait for that

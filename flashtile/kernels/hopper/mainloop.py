@@ -44,6 +44,7 @@ from flashtile.kernels.hopper.spec import (
     piece,
     row_layout,
     threads,
+    turns_query,
     v_empty,
 )
 
@@ -363,7 +364,7 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, freqs_ptr, C:
     tile = limits(ring, 0, window, W, C)
     wait_full(q_full, 0, C.q_slots)
     first_q = stage(q_bufs, W)
-    if C.rope:
+    if turns_query(C):
         turn_query(first_q[0], ring, 0, window[2], freqs_ptr, W, C)
     elif not C.q_tma:
         fence_async_shared()
@@ -414,13 +415,13 @@ def consumer(W: gl.constexpr, smem, bars, outputs, scales, window, freqs_ptr, C:
         more = head >= 0
         # past the last tile, stale shared memory is turned and multiplied; nothing reads the result
         next_q = stage(q_bufs, count % C.q_slots * C.consumers + W)
-        if C.rope:  # before the products: other consumers' run meanwhile
+        if turns_query(C):  # before the products: other consumers' run meanwhile
             wait_full(q_full, count, C.q_slots, more)
             turn_query(next_q[0], ring, count, window[2], freqs_ptr, W, C)
         visible(v_full, it, C)
         take_turn(W, C)
         o_token = issue_pv(p_left, p_right, stage(v_bufs, it % C.stages), acc, False, C)
-        if not C.rope:
+        if not turns_query(C):
             wait_full(q_full, count, C.q_slots, more)
             if not C.q_tma:
                 fence_async_shared()

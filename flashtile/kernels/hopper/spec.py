@@ -4,10 +4,13 @@ barriers.
 Tiles. A work tile is 64 packed query rows per consumer; a step takes block_n KV tokens. One persistent CTA per SM:
   consumer w (4 warps)   rows 64 w .. 64 w + 63 of the tile; consumer 0 is Gluon's default partition
   qk_loader, v_loader    each 1 warp that issues TMA copies, or 2 warps that gather 16 bytes per thread
+  turner                 4 warps that turn Q for a rope, one tile ahead; else the consumers do (see has_turner)
 Head dims that are no power of two are kept in two pieces that are (192 = 128 + 64, 96 = 64 + 32).
 
 Barriers (mbarriers unless said otherwise):
   q_full[slot]             qk_loader (bytes landed)          -> consumers
+  q_asked + slot           named barrier: qk_loader has asked for Q, or the list has ended -> turner
+  q_turned[slot]           turner                             -> consumers, which then do not wait for q_full
   q_empty[slot]            one arrival per consumer           -> qk_loader, after the last S of the tile
   k_full, v_full[stage]    loaders (bytes landed)            -> consumers
   tail_full                TMA bytes of a V block that ends beyond its request, landed -> v_loader, which clears it
@@ -39,7 +42,8 @@ class Spec:
         position.
     tails: the last rows of some request are those of consumer 0 alone. pack_decode: a tile of a request of one token
         holds all query heads of its group, one a row, though other tiles hold the tokens of one head.
-    rope: query rows are turned in shared memory as they arrive; keys have been.
+    rope: query rows are turned in shared memory as they arrive; keys have been. chained: by angles that follow from one
+        another (kernels/rotation.py).
     """
 
     d_qk: int
@@ -63,6 +67,7 @@ class Spec:
     sinks: bool = False
     split: bool = False
     rope: bool = False
+    chained: bool = False
 
 
 # What follows from a Spec. Functions, not properties: Triton's compilation cache sees their source.
@@ -70,6 +75,19 @@ class Spec:
 def loader_warps(spec):
     """Warps of a loader."""
     return 2 if spec.gather else 1
+
+
+@gluon.constexpr_function
+def has_turner(spec):
+    """Whether warps of their own turn Q: where it arrives a tile ahead, and there are registers for four warps more."""
+    fits = spec.d_qk == 128 and spec.consumers == 2 and not spec.gather and spec.q_tma
+    return spec.rope and fits and spec.q_slots == 2
+
+
+@gluon.constexpr_function
+def turns_query(spec):
+    """Whether a consumer turns its own rows of Q."""
+    return spec.rope and not has_turner(spec)
 
 
 @gluon.constexpr_function
@@ -82,7 +100,7 @@ def threads(spec):
 def turn(spec):
     """The first of the named barriers, of consumer 0; those before belong to Triton: two, and one for each role but
     the first."""
-    return 3 + spec.consumers
+    return 3 + spec.consumers + has_turner(spec)
 
 
 @gluon.constexpr_function
@@ -95,6 +113,13 @@ def k_empty(spec):
 def v_empty(spec):
     """The named barrier of V's first stage; the last one is below 16 with 3 consumers and 3 stages."""
     return k_empty(spec) + spec.stages
+
+
+@gluon.constexpr_function
+def q_asked(spec):
+    """The named barrier of Q's first slot, where a turner waits for it: mbarriers are polled, and its four warps would
+    take turns of issue from the consumers, 2 % of long prefill."""
+    return v_empty(spec) + spec.stages
 
 
 @gluon.constexpr_function
@@ -142,9 +167,11 @@ def late_turn(spec):
 @gluon.constexpr_function
 def registers(spec):
     """Registers per thread: of the launch, of a consumer, of a loader. Warp groups share the launch's out anew."""
+    if has_turner(spec):  # 14 warps count as 16
+        return 128, 224, 32
     if spec.consumers == 1:
         return 168, 232, 104
-    if spec.consumers == 3:  # 14 warps count as 16
+    if spec.consumers == 3:
         return 128, 160, 32
     if spec.gather or spec.packed:  # the loaders' copies of single rows need registers
         return 168, 224, 56

@@ -120,8 +120,8 @@ def publish(ring, tile_full, count, item):
 
 @gluon.jit
 def read(ring, count, F: gl.constexpr):
-    """A field of tile number `count`, in a consumer."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    """A field of tile number `count`, for a role that is not the loader."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(ring.index(count % RING).slice(F, 1).load(ONE), 0)
 
 
