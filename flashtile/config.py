@@ -20,8 +20,8 @@ def triton_version() -> tuple[int, ...]:
         return 0, 0
 
 
-# Whether ptxas leaves the Hopper family registers for what takes a few more. That of Triton 3.9 keeps more of a
-# kernel's arguments in them, and would spill: there kernels do without, and are some percent slower.
+# Whether ptxas leaves kernels registers for what takes a few more. That of Triton 3.9 keeps more of a kernel's
+# arguments in them, and would spill: there kernels do without, and are some percent slower.
 ROOMY_PTXAS = triton_version() < (3, 7)
 
 
@@ -262,7 +262,8 @@ def _with_rope(p: Problem, w: Workload, row: Config, sm: tuple[int, int], sms: i
     if row.block_m == 16 and wide <= 128:
         many = w.batch_size * p.num_kv_heads > 8 * sms
         long = w.total_kv_len >= 2048 * w.batch_size
-        if chained and sm >= (9, 0) and (p.quantised or long or not (many and p.paged)):
+        roomy = ROOMY_PTXAS or p.k_format != "int4"
+        if chained and sm >= (9, 0) and roomy and (p.quantised or long or not (many and p.paged)):
             # 64 x 4k tokens: 365 us, by the rows below 369, without a rope 358; 64 x 1k 101.4, 106, 95.3. 64 x 4k of
             # fp8 205, 339, 187; of int8 233, 494, 195; of int4 219, 449, 121
             row = replace(row, block_n=128, num_warps=4, num_stages=stages if p.quantised else 3, ctas_per_sm=2)
@@ -378,10 +379,11 @@ def _narrow_row(p: Problem, w: Workload, sms: int) -> Config:
         return replace(row, num_stages=3, ctas_per_sm=8) if many else replace(row, ctas_per_sm=4)
     if not raw:
         return replace(row, num_stages=3, ctas_per_sm=4, block_n=128 if int4 else 64)
+    row = replace(row, max_registers=192 if ROOMY_PTXAS else 255)
     if not int4:  # 64 x 4k tokens 195, by four warps 205; 256 x 1k 200, 212. 6 stages, not 5: see attention.suited
-        return replace(row, block_n=16, num_warps=1, num_stages=6 if many else 5, ctas_per_sm=8, max_registers=192)
+        return replace(row, block_n=16, num_warps=1, num_stages=6 if many else 5, ctas_per_sm=8)
     together = p.kv_heads_first and p.page_size != 1  # rows of one head, of which a step reads whole pages
-    row = replace(row, block_n=32, max_registers=192, raw=True)
+    row = replace(row, block_n=32, raw=True)
     if not together and p.num_kv_heads % 2 == 0 and _keys_per_sm(p, w, sms) >= 8192:
         # a row of one head is 64 bytes: CTAs of two heads read whole lines. 64 x 4k / 64 x 16k / 256 x 1k tokens 120 /
         # 431 / 124, by one warp and head 128 / 534 / 129

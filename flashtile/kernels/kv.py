@@ -84,8 +84,11 @@ def load_factor(factor, page, row, in_range, MASKED: tl.constexpr):
 @triton.jit
 def load_factors(first, second, page, row, in_range, MASKED: tl.constexpr):
     """Two scales per token, as `load_factor`, in one load: where [BLOCK_N] alone is fewer elements than threads, Triton
-    loads each again, and its page ids, for each layout that it is used in."""
-    ptrs = tl.join(first[0] + page * first[1] + row * first[2], second[0] + page * second[1] + row * second[2])
+    loads each again, and its page ids, for each layout that it is used in. Offsets are joined, not pointers, with which
+    Triton 3.9 fails."""
+    BYTES: tl.constexpr = first[0].dtype.element_ty.primitive_bitwidth // 8
+    apart = (second[0].to(tl.int64) - first[0].to(tl.int64)) // BYTES
+    ptrs = first[0] + tl.join(page * first[1] + row * first[2], apart + page * second[1] + row * second[2])
     if MASKED:
         both = widened(tl.load(ptrs, mask=tl.expand_dims(in_range, -1), other=0))
     else:
