@@ -7,7 +7,7 @@ times its frequency, rounded to fp32.
 Chains. Two special functions and six instructions find cos and sin of an angle, four products those of an angle that is
 larger by a known one. A thread holds rows of keys at even distances: it finds the first one's cos and sin, and each
 next one's from those before. Only the first angle is rounded then: near position p the others differ from fp32 ones by
-up to p * 2**-24 radians for the fastest pairs, which config.CHAINED_TOKENS keeps below the rounding of keys.
+up to p * 2**-23 radians for the fastest pairs, which config.CHAINED_TOKENS keeps as small as the rounding of keys.
 """
 
 import triton
