@@ -628,6 +628,8 @@ def suited(c: Config, scales: Scales) -> Config:
         # keys less a zero point, or times a scale, are fp32 and not turned in chains: four warps would spill
         c = replace(c, num_warps=8) if c.ctas_per_sm == 1 else replace(c, block_n=32, max_registers=168)
     each = [factor for factor in factors if factor.form != "head"]
+    if scales.k_zero and c.max_registers == 192:
+        c = replace(c, max_registers=200)  # for 10 CTAs an SM all the same; 8 bytes would be spilled
     if any(factor.form == "group" for factor in factors):
         if c.num_warps > 2 and c.heads == 1:
             return replace(c, num_stages=min(c.num_stages, 5), max_registers=255) if c.block_m == 16 else c
