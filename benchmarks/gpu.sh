@@ -104,8 +104,7 @@ sanitize() {
 # In every warp-specialised kernel that waits for an mbarrier, also in one that does nothing else (handover in
 # tests/gpu/dispatch.py), racecheck reports the dispatch itself: the byte by which a warp learns its role, read in the
 # kernel's first instructions and written by warp group 0 before it starts the others and after they end, with barrier 1
-# between. Only that is allowed: reads beyond the first 512 bytes fail. Not counted is what it reports in cuBLAS's
-# kernels (nvjet), which the tests' own products call.
+# between. Only that is allowed: reads beyond the first 512 bytes fail.
 sanitize_shards() {
   local tool=$1 ids=$2 shard pids=() failures=0 races
   for ((shard = 0; shard < WORKERS; shard++)); do
@@ -120,7 +119,7 @@ sanitize_shards() {
     wait "${pids[$shard]}" || { echo "process $shard: exit $?"; failures=$((failures + 1)); }
   done
   cat "$ids".*.log
-  races=$(cat "$ids".*.log | grep 'Race reported' | grep -v 'access at nvjet_' | grep -cvE 'Read access at [a-z_]+\+0x1?[0-9a-f]{1,2} ')
+  races=$(cat "$ids".*.log | grep 'Race reported' | grep -cvE 'Read access at [a-z_]+\+0x1?[0-9a-f]{1,2} ')
   echo "$tool: $(wc -l <"$ids") tests, $failures of ${#pids[@]} processes failed, $races races outside of the dispatch of warps"
   [ "$failures$races" = 00 ]
 }

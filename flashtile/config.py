@@ -39,8 +39,8 @@ class Config:
         CTA, each in ways / heads warps of its own; more than 1 needs ways > 1, and all heads of a group packed.
     raw: int8 and int4 are multiplied as the bits they are (codec.py). max_registers: of a thread; None: the compiler's
         choice.
-    section_tiles, pack_decode: see Tiling. chained: cos and sin of most keys' angles follow from those of others, where
-        a rope turns keys as they are read (kernels/rotation.py).
+    section_tiles, pack_decode: see Tiling. chained: cos and sin of most angles follow from those of others, where a
+        rope turns keys as they are read, or queries in warps of their own (kernels/rotation.py).
     copy_first: a kernel of its own rotates q and K, if there is a rope, and gathers K and V, if they are paged, into
         the workspace; attention runs over the result. turn_q: but q is left to the Hopper family's own kernel.
     """

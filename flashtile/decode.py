@@ -60,8 +60,9 @@ def single_decode_with_kv_cache(
         kv_layout: "NHD" or "HND".
         pos_encoding_mode: "NONE"; "ROPE_LLAMA": q and k hold no positions yet, q is rotated (arXiv:2104.09864) to
             position kv_len - 1 and key j to j: dims d and d + head_dim / 2 by rope_theta ** (-2 d / head_dim) /
-            rope_scale radians a token, angles in fp32; "ALIBI" (arXiv:2108.12409): slope[head] * j is added to the
-            scaled logit of key j, before the soft cap. Slopes: utils.get_alibi_slopes.
+            rope_scale radians a token, angles in fp32 (a GPU may add them up: docs/contracts.md); "ALIBI"
+            (arXiv:2108.12409): slope[head] * j is added to the scaled logit of key j, before the soft cap. Slopes:
+            utils.get_alibi_slopes.
         use_tensor_cores: a hint; results do not depend on it.
         q_scale: factor on the logits: a number, or a tensor of one element.
         k_scale, v_scale, k_zero, v_zero: a number n of k or v stands for (n - zero) * scale. Numbers or tensors: one

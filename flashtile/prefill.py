@@ -72,8 +72,9 @@ def single_prefill_with_kv_cache(
         kv_layout: "NHD" or "HND".
         pos_encoding_mode: "NONE"; "ROPE_LLAMA": q and k hold no positions yet, row i is rotated (arXiv:2104.09864) to
             position i + kv_len - qo_len and key j to j: dims d and d + head_dim / 2 by rope_theta ** (-2 d / head_dim)
-            / rope_scale radians a token, angles in fp32; "ALIBI" (arXiv:2108.12409): slope[head] * (j - i) is added to
-            the scaled logit of row i and key j, before the soft cap. Slopes: utils.get_alibi_slopes.
+            / rope_scale radians a token, angles in fp32 (a GPU may add them up: docs/contracts.md); "ALIBI"
+            (arXiv:2108.12409): slope[head] * (j - i) is added to the scaled logit of row i and key j, before the soft
+            cap. Slopes: utils.get_alibi_slopes.
         rope_scale, rope_theta: of ROPE_LLAMA; default 1 and 1e4.
         low_freq_factor, high_freq_factor, old_context_len: flashtile's own, Llama 3.1's frequencies for ROPE_LLAMA, as
             of apply_llama31_rope: both factors together; old_context_len is 8192 by default.

@@ -20,12 +20,16 @@ from flashtile.testing.sass import unwritten_registers
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 CAPABILITIES = (80, 90)
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a CTA may have
-# Known spills, in bytes, under a Triton newer than the pinned one; everything else must have none there too.
-NEWER_TRITON_SPILLS = (
-    {"flashtile.kernels.hopper.gemm": 20, "flashtile.kernels.attention": 40}
-    if not triton.__version__.startswith("3.6.")
-    else {}
-)
+# Known spills, in bytes, of a module or a case, under a Triton newer than the pinned one; all others must have none
+# there too.
+NEWER_TRITON_SPILLS = {
+    "flashtile.kernels.hopper.gemm": 20,
+    "attention.append.int4.group.sm80": 16,
+    "attention.decode.int8.half.page16.b64.sm90": 8,
+    "attention.decode.int4.group.page1.b256.sm90": 24,
+}
+if triton.__version__.startswith("3.6."):
+    NEWER_TRITON_SPILLS = {}
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -58,7 +62,7 @@ CASES = [
 @pytest.mark.parametrize(("case", "capability"), CASES)
 def test_compiles_without_spills(case: CompileCase, capability: int) -> None:
     compiled = compile_for(case, capability)
-    allowed = NEWER_TRITON_SPILLS.get(case.kernel.__module__, 0)
+    allowed = NEWER_TRITON_SPILLS.get(case.name, NEWER_TRITON_SPILLS.get(case.kernel.__module__, 0))
     assert compiled.spill_bytes <= allowed, f"{compiled.spill_bytes} bytes spilled with {compiled.registers} registers"
     if case.kernel.__module__ == "flashtile.kernels.attention":  # other cases are not made by what chooses tiles
         assert compiled.shared_bytes <= SHARED_BYTES[capability]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import flashtile
-from flashtile.config import Config
+from flashtile.config import CHAINED_TOKENS, Config, portable
 from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, make_plan
-from flashtile.plan.problem import Problem
+from flashtile.plan.problem import Problem, Workload
 from flashtile.reference.attention import alibi_slopes, attention
 from flashtile.reference.rope import frequencies
 from flashtile.testing.cases_attention import ENCODED_CASES, expected, make_inputs, make_wrapper, run_case
@@ -31,6 +31,17 @@ LLAMA31: dict[str, Any] = {
 def qkv(qo_len: int = 7, kv_len: int = 90, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gen = torch.Generator().manual_seed(1)
     return tuple(torch.randn(n, h, dim, generator=gen) for n, h in ((qo_len, 6), (kv_len, 2), (kv_len, 2)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("requests", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_angles_are_chained_in_short_requests_of_16_bits(dtype: torch.dtype, requests: int) -> None:
+    limit = CHAINED_TOKENS.get(dtype, -1)  # fp32: never
+    for rope in (Rope(), None):
+        problem = Problem(32, 8, 128, 128, dtype, dtype, dtype, page_size=16, rope=rope)
+        for longest in (1024, 8192, 8193, 65536, 65537):
+            work = Workload(requests, requests, 1, requests * longest, longest)
+            assert portable(problem, work).chained == (rope is not None and longest <= limit)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 6, 7, 8, 12, 40, 64, 127])

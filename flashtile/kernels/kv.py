@@ -26,9 +26,9 @@ def paged_row(kv_pos, in_range, kv_base, kv_indices_ptr, PAGE_SIZE: tl.constexpr
 
 @triton.jit
 def prefetch_pages(kv_base, kv_indices_ptr, begin, end, PAGE_SIZE: tl.constexpr):
-    """Ask for the page ids of tokens [begin, end), at most 1000 of them, in L2, 32 bytes a thread."""
+    """Ask for the page ids of tokens [begin, end), of up to 1024 pages, in L2, 32 bytes a thread."""
     first = begin // PAGE_SIZE + tl.arange(0, 128) * 8
-    wanted = (first * PAGE_SIZE < end).to(tl.int32)
+    wanted = (first < tl.cdiv(end, PAGE_SIZE)).to(tl.int32)
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r", [kv_indices_ptr + kv_base + first, wanted], dtype=tl.int32, is_pure=False, pack=1,

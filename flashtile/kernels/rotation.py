@@ -15,7 +15,7 @@ import triton.language as tl
 
 from flashtile.kernels.rope import cos_sin_of
 
-LONGEST_CHAIN = 8
+LONGEST_CHAIN = 8  # rows; what `one_below_another` takes
 
 # cos ($0) and sin ($1) of an angle ($2). Whole turns are taken off by the leading and by the trailing bits of 2 pi.
 COS_SIN_PTX = tl.constexpr(

@@ -316,7 +316,7 @@ def fit(spec: Spec) -> Spec:
         spec = replace(spec, q_slots=q_slots, o_tma=o_tma)
         small = SMALL_BYTES + (64 if spec.sinks and spec.split else 0)  # the epilogue then exchanges a little more
         if shared_bytes(spec) <= SHARED_BYTES - small:
-            return spec
+            return replace(spec, chained=spec.chained and has_turner(spec))  # consumers find each angle for itself
     raise ValueError(f"no room in shared memory for {spec}; take a smaller block_n or fewer stages")
 
 
