@@ -33,11 +33,13 @@ _FAMILIES = {
     "cpu": "flashtile.kernels.cpu.attention",
     "portable": "flashtile.kernels.attention",
     "hopper": "flashtile.kernels.hopper.attention",
+    "narrow": "flashtile.kernels.hopper.narrow.attention",
     "copied": "flashtile.kernels.copied",
 }
 
 
 @cache
 def attention_family(family: str) -> Any:
-    """The attention launchers of a kernel family: "cpu", "portable" or "hopper"; "copied": what comes before one."""
+    """The attention launchers of a kernel family: "cpu", "portable", "hopper" or "narrow"; "copied": what comes before
+    one."""
     return import_module(_FAMILIES[family])

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from flashtile.plan.problem import Problem, Workload
+from flashtile.plan.problem import PARTS, Problem, Workload
 from flashtile.plan.worklist import Tiling
 
 BACKENDS = ("auto", "fa2", "fa3")
@@ -77,6 +77,16 @@ class Config:
                 f"ways, heads: expected 1 way or one per warp ({self.num_warps}), shared evenly by heads, "
                 f"got ways={self.ways}, heads={self.heads}"
             )
+        if self.family == "narrow" and (self.heads not in (4, 8) or (self.num_warps, self.block_m) != (8, 16)):
+            raise ValueError(
+                "heads, num_warps, block_m: expected 4 or 8 heads, 8 warps and 16 rows of the narrow family, "
+                f"got {self.heads}, {self.num_warps}, {self.block_m}"
+            )
+        if self.family == "narrow" and self.num_stages > 12:
+            raise ValueError(
+                "num_stages: expected at most 12 of the narrow family, as there are 16 named barriers, "
+                f"got {self.num_stages}"
+            )
         if self.family == "hopper" and self.block_m not in (64, 128, 192):
             raise ValueError(
                 "block_m: expected 64, 128 or 192, one to three consumers of 64 rows of the Hopper family, "
@@ -109,7 +119,7 @@ class Config:
             split=self.split,
             section_tiles=self.section_tiles,
             pack_decode=self.pack_decode,
-            persistent=self.family == "hopper",
+            persistent=self.family in ("hopper", "narrow"),
         )
 
 
@@ -131,11 +141,12 @@ def choose(
     """The configuration for a problem on a device.
 
     Args:
-        backend: "auto"; "fa2": the portable family; "fa3": the Hopper family. On the CPU all three mean the CPU family.
+        backend: "auto"; "fa2": the portable family; "fa3": the Hopper family, or the narrow one. On the CPU all three
+            mean the CPU family.
         may_copy: whether the workspace may hold copies of q, K and V, which grow with the batch.
 
     Raises:
-        ValueError: an unknown backend. NotImplementedError: "fa3", and the Hopper family cannot serve the problem.
+        ValueError: an unknown backend. NotImplementedError: "fa3", and that family cannot serve the problem.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -143,6 +154,13 @@ def choose(
         # 256 rows and 4096 tokens of fp32 logits are 4 MB a head: they stay in a core's share of the last-level cache
         group = problem.group_size
         return Config("cpu", block_m=max(256 // group, 1) * group, block_n=64, pack=group, kv_chunk=4096)
+    if problem.quantised:
+        refusal = narrow_refusal(problem, work, capability(device))
+        if backend == "fa3" and refusal:
+            raise NotImplementedError(f"backend 'fa3': the narrow family cannot serve this: {refusal}; use 'auto'")
+        if backend == "fa3" or (backend == "auto" and not refusal and _narrow_pays(problem, work, num_sms(device))):
+            return narrow(problem, work, num_sms(device))
+        return portable(problem, work, capability(device), num_sms(device))
     rows = work.max_qo_len * problem.group_size
     # Copying first moves each key and value four times. It pays where a rotation would else be repeated for every tile,
     # or KV be gathered by rows, which costs a tenth (H100, 32/8 heads: 16 x 1024 tokens 267 us by rows, 287 copied; 8 x
@@ -171,6 +189,51 @@ def box_rows(page_size: int, block_n: int) -> int:
     if page_size == 0 or page_size % block_n == 0:
         return block_n
     return page_size if page_size >= 8 and block_n % page_size == 0 else 0
+
+
+def narrow_refusal(p: Problem, w: Workload, sm: tuple[int, int]) -> str | None:
+    """Why the narrow family cannot serve a problem, or None if it can."""
+    if sm != (9, 0):
+        return f"it needs compute capability 9.0, this GPU has {sm[0]}.{sm[1]}"
+    if w.max_qo_len > 1 or p.group_size > 8 or p.num_kv_heads % 4:
+        return (
+            "it takes one query token per request, at most 8 query heads for a KV head, and a multiple of 4 KV heads, "
+            f"got {w.max_qo_len}, {p.group_size}, {p.num_kv_heads}"
+        )
+    if p.head_dim_qk != p.head_dim_vo or p.head_dim_qk not in (64, 128) or p.rope is not None or p.alibi:
+        return f"it takes head_dim 64 or 128 and no position encoding, got {p.head_dim_qk}/{p.head_dim_vo}"
+    if p.k_format != p.v_format or p.k_format == "plain" or p.q_dtype == torch.float32 or p.o_dtype != p.q_dtype:
+        return f"it takes fp16 or bf16 over K and V of one narrow type, got {p.q_dtype}, {p.k_format}, {p.v_format}"
+    return None
+
+
+def narrow(p: Problem, w: Workload, sms: int) -> Config:
+    """The narrow family's rows (H100, 32/8 heads, us; benchmarks/results/h100_narrow_trials.md): as many steps of 32 to
+    64 KB on their way as shared memory holds.
+
+    CTAs of 8 heads read the most in one place; those of 4 need no cut along KV where 8 would leave SMs without a tile:
+    64 x 4k tokens of int4 108, by 8 heads in two chunks each 112; 256 x 1k 111, 110.
+    """
+    eight = p.num_kv_heads % 8 == 0 and w.batch_size * p.num_kv_heads >= 8 * sms
+    words = p.head_dim_qk // PARTS[p.k_format]  # a row of 32, 64 or 128 bytes
+    block_n, stages = {
+        (True, 64): (32, 3), (True, 32): (64, 3), (True, 16): (64, 6),
+        (False, 64): (64, 3), (False, 32): (64, 6), (False, 16): (64, 11),
+    }[eight, words]  # fmt: skip
+    if p.page_size % 16 and eight and block_n == 64:
+        block_n, stages = 32, min(2 * stages, 11)  # rows: 256 x 1k of int4 123, 129 by 64 tokens
+    return Config(
+        "narrow", 16, block_n, p.group_size, num_warps=8, num_stages=stages, ways=8, heads=8 if eight else 4,
+        split_cost=2.0, overlap=True,
+    )  # fmt: skip
+
+
+def _narrow_pays(p: Problem, w: Workload, sms: int) -> bool:
+    """Whether the narrow family is faster than the portable one. int4: 8 x 1k tokens 16.0 us, 17.0; 1 x 4k 14.8, 13.4.
+    int8: 32 x 4k 104, 109, but 32 x 1k 35.8, 34.0, and 16 x 4k, which it must cut, 60, 56."""
+    if p.k_format == "int4":
+        return _keys_per_sm(p, w, sms) >= 480
+    return w.batch_size * p.num_kv_heads >= 256 and _keys_per_sm(p, w, sms) >= 3072
 
 
 HOPPER_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)}  # (head_dim_qk, head_dim_vo)

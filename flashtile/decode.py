@@ -110,8 +110,7 @@ class BatchDecodeWithPagedKVCacheWrapper(LegacyDecode):
 
     Args:
         float_workspace_buffer: scratch memory on the device, any dtype; `workspace_size()` tells what a plan needs.
-        kv_layout: "NHD" (cache [pages, page_size, heads, dim]) or "HND" ([pages, heads, page_size, dim]). Caches of 8
-            and 4 bits are read faster as HND: int4 by up to an eighth.
+        kv_layout: "NHD" (cache [pages, page_size, heads, dim]) or "HND" ([pages, heads, page_size, dim]).
         use_tensor_cores: a hint; results do not depend on it.
         backend: "auto", "fa2" (the portable family) or "fa3" (the Hopper family).
     """

@@ -2,7 +2,7 @@
 nothing wrote.
 
 With FLASHTILE_COMPILE=sample these are compiled, to see that another Triton takes them: the first case of each kernel,
-all of the Hopper attention family, and one of ten of the portable one.
+all of the Hopper attention families, and one of ten of the portable one.
 """
 
 import importlib
@@ -19,6 +19,9 @@ from flashtile.testing.sass import unwritten_registers
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 CAPABILITIES = (80, 90)
+HOPPER_ATTENTION = ("flashtile.kernels.hopper.attention", "flashtile.kernels.hopper.narrow.attention")
+# Modules whose cases are made by what chooses tiles, or in its image, so that they must fit
+SIZED = ("flashtile.kernels.attention", "flashtile.kernels.hopper.narrow.attention")
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a CTA may have
 # Known spills, in bytes, of a module or a case, under a Triton newer than the pinned one; all others must have none
 # there too.
@@ -46,7 +49,7 @@ def chosen() -> list[CompileCase]:
     if os.environ.get("FLASHTILE_COMPILE") != "sample":
         return cases
     first = {id(case.kernel): case for case in reversed(cases)}.values()
-    hopper = [case for case in cases if case.kernel.__module__ == "flashtile.kernels.hopper.attention"]
+    hopper = [case for case in cases if case.kernel.__module__ in HOPPER_ATTENTION]
     portable = [case for case in cases if case.kernel.__module__ == "flashtile.kernels.attention"]
     return list({case.name: case for case in (*first, *hopper, *portable[::10])}.values())
 
@@ -64,7 +67,7 @@ def test_compiles_without_spills(case: CompileCase, capability: int) -> None:
     compiled = compile_for(case, capability)
     allowed = NEWER_TRITON_SPILLS.get(case.name, NEWER_TRITON_SPILLS.get(case.kernel.__module__, 0))
     assert compiled.spill_bytes <= allowed, f"{compiled.spill_bytes} bytes spilled with {compiled.registers} registers"
-    if case.kernel.__module__ == "flashtile.kernels.attention":  # other cases are not made by what chooses tiles
+    if case.kernel.__module__ in SIZED:
         assert compiled.shared_bytes <= SHARED_BYTES[capability]
     assert unwritten_registers(disassemble(compiled.cubin)) == []
 

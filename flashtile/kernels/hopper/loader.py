@@ -353,7 +353,7 @@ def no_more(count, bars, C: gl.constexpr):
 @gluon.jit
 def walk(item, C: gl.constexpr):
     """Of an entry: its head group (-1: no tile), first entry or token of KV, KV length, first and last KV block."""
-    first, last = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C)
+    first, last = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), tiles.field(item, tiles.KV_END), C.block_n)
     base = tiles.field(item, tiles.KV_BASE)
     return tiles.field(item, tiles.HEAD), base, tiles.field(item, tiles.KV_LEN), first, last
 
@@ -364,10 +364,10 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     t = tiles.first_turn(work, C)
     following = tiles.turn(work, 1)
-    item = tiles.with_head(tiles.fetch(work, t, C), t, work)
+    item = tiles.with_head(tiles.fetch(work, t, loader_warps(C)), t, work)
     tiles.publish(smem[4], bars[4], 0, item)
     t = following
-    item_next = tiles.fetch(work, t, C)
+    item_next = tiles.fetch(work, t, loader_warps(C))
     following = tiles.turn(work, 2)
     head, base, kv_len, first, n = walk(item, C)
     pages = load_pages(table, base, n, kv_len, True, C)
@@ -383,7 +383,7 @@ def qk_loader(smem, bars, q, k, work, table, C: gl.constexpr):
             upcoming = tiles.with_head(item_next, t, work)
             tiles.publish(smem[4], bars[4], count + 1, upcoming)
             t = following
-            item_next = tiles.fetch(work, t, C)
+            item_next = tiles.fetch(work, t, loader_warps(C))
             following = tiles.turn(work, count + 3)
         # the next block's page ids are under way while this block is fetched
         head_then, base_then, kv_len_then, first_then, n_then = head, base, kv_len, first, n - 1
@@ -420,9 +420,9 @@ def v_loader(smem, bars, v, work, table, C: gl.constexpr):
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     t = tiles.first_turn(work, C)
     following = tiles.turn(work, 1)
-    head, base, kv_len, first, n = walk(tiles.with_head(tiles.fetch(work, t, C), t, work), C)
+    head, base, kv_len, first, n = walk(tiles.with_head(tiles.fetch(work, t, loader_warps(C)), t, work), C)
     t = following
-    item_next = tiles.fetch(work, t, C)
+    item_next = tiles.fetch(work, t, loader_warps(C))
     following = tiles.turn(work, 2)
     pages = load_pages(table, base, n, kv_len, True, C)
 
@@ -435,7 +435,7 @@ def v_loader(smem, bars, v, work, table, C: gl.constexpr):
             count += 1
             head_then, base_then, kv_len_then, first_then, n_then = walk(tiles.with_head(item_next, t, work), C)
             t = following
-            item_next = tiles.fetch(work, t, C)
+            item_next = tiles.fetch(work, t, loader_warps(C))
             following = tiles.turn(work, count + 2)
         pages_then = load_pages(table, base_then, n_then, kv_len_then, head_then >= 0, C)
         tails = load_v(it, tails, v, smem, bars, base, tiles.divide(head, inverse_groups), n, kv_len, pages, table, C)

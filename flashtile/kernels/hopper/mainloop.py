@@ -166,7 +166,7 @@ def limits(ring, count, window, W: gl.constexpr, C: gl.constexpr):
     """
     window_left, window_reach, pack = window
     kv_end = tiles.read(ring, count, tiles.KV_END)
-    first, last = tiles.block_range(tiles.read(ring, count, tiles.KV_BEGIN), kv_end, C)
+    first, last = tiles.block_range(tiles.read(ring, count, tiles.KV_BEGIN), kv_end, C.block_n)
     qo_len = tiles.read(ring, count, tiles.QO_LEN)
     offset = tiles.read(ring, count, tiles.KV_LEN) - qo_len
     row_begin = tiles.read(ring, count, tiles.ROW_BEGIN) + W * ROWS

@@ -7,7 +7,7 @@ through a ring in shared memory. HEAD then holds the tile's own head group, or -
 """
 
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
-from flashtile.kernels.hopper.spec import RING, WARP, loader_warps
+from flashtile.kernels.hopper.spec import WARP
 from flashtile.plan.worklist import ITEM_FIELDS, ITEM_STRIDE
 
 FIELDS = gl.constexpr(ITEM_STRIDE)
@@ -88,11 +88,11 @@ def first_turn(work, C: gl.constexpr):
 
 
 @gluon.jit
-def fetch(work, t, C: gl.constexpr):
-    """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 for no tile."""
+def fetch(work, t, WARPS: gl.constexpr):
+    """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 for no tile. WARPS: of the loader."""
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     entry = divide(t, inverse_heads).to(gl.int64)
-    lane = gl.arange(0, WARP, layout=lane_layout(loader_warps(C)))
+    lane = gl.arange(0, WARP, layout=lane_layout(WARPS))
     return gl.load(items_ptr + entry * FIELDS + lane, mask=(lane < FIELDS) & (t >= 0), other=-1)
 
 
@@ -114,20 +114,21 @@ def with_head(item, t, work):
 @gluon.jit
 def publish(ring, tile_full, count, item):
     """Hand over tile number `count` of this CTA."""
-    ring.index(count % RING).store(item)
-    mbarrier.arrive(tile_full.index(count % RING), count=1)
+    SLOTS: gl.constexpr = ring.shape[0]
+    ring.index(count % SLOTS).store(item)
+    mbarrier.arrive(tile_full.index(count % SLOTS), count=1)
 
 
 @gluon.jit
 def read(ring, count, F: gl.constexpr):
     """A field of tile number `count`, for a role that is not the loader."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(ring.index(count % RING).slice(F, 1).load(ONE), 0)
+    return gl.max(ring.index(count % ring.shape[0]).slice(F, 1).load(ONE), 0)
 
 
 @gluon.jit
-def block_range(kv_begin, kv_end, C: gl.constexpr):
+def block_range(kv_begin, kv_end, BLOCK_N: gl.constexpr):
     """First and last KV block of a tile. A tile without keys takes one block, all of it masked."""
-    first = kv_begin // C.block_n
-    last = gl.maximum((kv_end + C.block_n - 1) // C.block_n - 1, first)
+    first = kv_begin // BLOCK_N
+    last = gl.maximum((kv_end + BLOCK_N - 1) // BLOCK_N - 1, first)
     return first, last

@@ -1,0 +1,210 @@
+"""The consumers of narrow caches: each warp's online softmax over the pieces of its KV head.
+
+S' = K Q' [16 tokens, 8 rows] of each piece, in log2 units, then O' += V' P' [words, 8 rows] for each part of the words.
+Where each token has its own scale of V, its exponent joins the logit, so that what P is multiplied by is below 2 and P
+fits fp16 whatever the scales are (as in the portable family).
+"""
+
+from flashtile.kernels.hopper import tiles
+from flashtile.kernels.hopper.barriers import named_arrive, wait_full
+from flashtile.kernels.hopper.compat import fence_async_shared, gl, gluon, mma_v2
+from flashtile.kernels.hopper.narrow.epilogue import store_tile
+from flashtile.kernels.hopper.narrow.registers import as_operand, by_rows, sum_own
+from flashtile.kernels.hopper.narrow.spec import (
+    PIECE,
+    RING,
+    ROWS,
+    WAYS,
+    decoder,
+    empty,
+    has_nan,
+    mma_layout,
+    operand,
+    pieces_of_way,
+    room,
+    threads,
+)
+
+NEG_INF = gl.constexpr(float("-inf"))
+FLOOR = gl.constexpr(-1e30)  # where maxima start: finite, so that a row without keys gives exp2(-inf) = 0, never NaN
+
+
+@gluon.jit
+def load_query(source, q_begin, head, group, C: gl.constexpr):
+    """The query rows of a tile as right operands [ways, words, rows] of fp16, one for each part, and the power of two
+    [ways, rows] that was taken out of each: bf16 values may exceed fp16."""
+    ptr, q_token, q_head = source
+    L: gl.constexpr = operand(1)
+    PARTS: gl.constexpr = C.parts
+    words = gl.arange(0, C.words, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    ways = gl.arange(0, WAYS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    heads = (head + ways % C.heads) * group + rows
+    at = ptr + q_begin.to(gl.int64) * q_token + heads.to(gl.int64) * q_head + words * PARTS
+    valid = (rows < group) & (words + ways >= 0)
+    loaded = ()
+    top = gl.zeros([WAYS, ROWS], gl.float32, gl.SliceLayout(1, L))
+    for i in gl.static_range(PARTS):
+        x = gl.load(at + i, mask=valid, other=0.0).to(gl.float32)
+        top = gl.maximum(top, gl.max(gl.abs(x), 1))
+        loaded = loaded + (x,)
+    power = (top.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+    unit = gl.where(power == 0.0, 1.0, power)
+    inverse = (1.0 / unit)[:, None, :]
+    q = ()
+    for i in gl.static_range(PARTS):
+        q = q + ((loaded[i] * inverse).to(gl.float16),)
+    return q, gl.convert_layout(unit, gl.SliceLayout(1, mma_layout()))
+
+
+@gluon.jit
+def split_scale(scale):
+    """A scale as mantissa * 2**power: power, 2**-power and the mantissa, fp32; the power is at least -100."""
+    bits = gl.maximum(scale.to(gl.int32, bitcast=True) & 0x7F800000, 27 << 23)
+    inverse = ((254 << 23) - bits).to(gl.float32, bitcast=True)
+    return (bits >> 23).to(gl.float32) - 127.0, inverse, scale * inverse
+
+
+@gluon.jit
+def products(keys, query):
+    """K Q' [ways, 16, rows] over all parts, as two sums that do not wait for each other."""
+    zeros = gl.zeros([WAYS, PIECE, ROWS], gl.float32, mma_layout())
+    a = mma_v2(keys[0], query[0], zeros)
+    b = mma_v2(keys[1], query[1], zeros)
+    for i in gl.static_range(2, len(keys), 2):
+        a = mma_v2(keys[i], query[i], a)
+        b = mma_v2(keys[i + 1], query[i + 1], b)
+    return a + b
+
+
+@gluon.jit
+def is_visible(first, limits, L: gl.constexpr, C: gl.constexpr):
+    """Which tokens of one piece of each way its query sees, [ways, 16] in layout L; first: of way 0's piece."""
+    begin, end = limits
+    ways = gl.arange(0, WAYS, layout=gl.SliceLayout(1, L))[:, None]
+    tokens = first + ways // C.heads * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, L))[None, :]
+    keep = tokens < end
+    if C.left:
+        keep = keep & (tokens >= begin)
+    return keep
+
+
+@gluon.jit
+def to_logits(s, c, cap, C: gl.constexpr):
+    """q.k in log2 units; c [ways, rows]: sm_scale, but for a soft cap in log2 units, times units."""
+    s = s * by_rows(c, s)
+    if C.soft_cap:
+        s = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [s], dtype=gl.float32, is_pure=True, pack=1)
+        s = s * cap
+    return s
+
+
+@gluon.jit
+def step(it, first, masked, query, c, cap, limits, m, l, acc, buffers, C: gl.constexpr):
+    """Fold the pieces of KV block number `it`, whose first token is `first`, into m, l and acc."""
+    k_buf, v_buf, k_scales, v_scales = buffers
+    decode: gl.constexpr = decoder(C)
+    OWN: gl.constexpr = pieces_of_way(C)
+    PARTS: gl.constexpr = C.parts
+    TOKEN: gl.constexpr = gl.SliceLayout(2, mma_layout())
+    DIM_TOKEN: gl.constexpr = gl.SliceLayout(1, operand(0))
+    at = it % C.stages * OWN
+    logits = ()
+    factors = ()
+    m_new = m
+    for j in gl.static_range(OWN):
+        s = products(decode(k_buf.index(at + j).load(operand(0))), query)
+        if C.k_form == "token":
+            s = s * k_scales.index(at + j).load(TOKEN)[:, :, None]
+        s = to_logits(s, c, cap, C)
+        if masked:
+            s = gl.where(is_visible(first + j * (WAYS // C.heads * PIECE), limits, TOKEN, C)[:, :, None], s, NEG_INF)
+        if C.v_form == "token":
+            power, inverse, mantissa = split_scale(v_scales.index(at + j).load(TOKEN))
+            s = s + power[:, :, None]
+            factors = factors + ((inverse, mantissa),)
+        m_new = gl.maximum(m_new, gl.max(s, 1))
+        logits = logits + (s,)
+    alpha = gl.exp2(m - m_new)
+    l = l * by_rows(alpha, l)
+    scaled = ()
+    for i in gl.static_range(PARTS):
+        scaled = scaled + (acc[i] * by_rows(alpha, acc[i]),)
+    acc = scaled
+    for j in gl.static_range(OWN):
+        p = gl.exp2(logits[j] - by_rows(m_new, logits[j]))
+        if C.v_form == "token":
+            l = l + sum_own(p * factors[j][0][:, :, None])
+            p = p * factors[j][1][:, :, None]
+        else:
+            l = l + sum_own(p)
+        words = v_buf.index(at + j).permute((0, 2, 1)).load(operand(0))
+        if has_nan(C) and C.boxes:  # noqa: SIM102 (rows past the request may hold NaN, and NaN * 0 is NaN)
+            if masked:
+                keep = is_visible(first + j * (WAYS // C.heads * PIECE), limits, DIM_TOKEN, C)
+                words = gl.where(keep[:, None, :], words, gl.zeros_like(words))
+        values = decode(words)
+        right = as_operand(p)
+        added = ()
+        for i in gl.static_range(PARTS):
+            added = added + (mma_v2(values[i], right, acc[i]),)
+        acc = added
+    return m_new, l, acc
+
+
+@gluon.jit
+def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
+    """The role of all consumer warps: the CTA's tiles, one after the other."""
+    k_buf, v_buf, k_scales, v_scales, ring, scratch, pair = smem
+    full, tile_full = bars
+    k_scale, v_scale, out_scale = scales
+    scale, cap, window_left, group = params
+    L: gl.constexpr = mma_layout()
+    ROW: gl.constexpr = gl.SliceLayout(1, L)
+    WORDS: gl.constexpr = C.words
+    PARTS: gl.constexpr = C.parts
+    SHARED: gl.constexpr = C.heads < WAYS  # two warps share a head
+    ways = gl.arange(0, WAYS, layout=gl.SliceLayout(1, ROW))
+    it = gl.to_tensor(0)  # KV blocks this CTA has finished
+    count = gl.to_tensor(0)  # tiles
+    wait_full(tile_full, 0, RING)
+    group_index = tiles.read(ring, 0, tiles.HEAD)
+    while group_index >= 0:
+        head = group_index * C.heads
+        q_begin = tiles.read(ring, count, tiles.Q_BEGIN)
+        begin = tiles.read(ring, count, tiles.KV_BEGIN)
+        end = tiles.read(ring, count, tiles.KV_END)
+        limits = (tiles.read(ring, count, tiles.KV_LEN) - 1 - window_left, end)
+        first, last = tiles.block_range(begin, end, C.block_n)
+        query, c = load_query(q, q_begin, head, group, C)
+        c = c * scale
+        if C.k_form == "head":
+            c = c * gl.load(k_scale[0] + (head + ways % C.heads) * k_scale[1]).to(gl.float32)[:, None]
+        m = gl.full([WAYS, ROWS], FLOOR, gl.float32, ROW)
+        l = sum_own(gl.zeros([WAYS, PIECE, ROWS], gl.float32, L))
+        acc = ()
+        for _ in gl.static_range(PARTS):
+            acc = acc + (gl.zeros([WAYS, WORDS, ROWS], gl.float32, L),)
+        for j in range(0, last - first + 1):
+            n = last - j
+            masked = n == last
+            if C.left:
+                masked = masked | (n * C.block_n < limits[0])
+            wait_full(full, it, C.stages)
+            m, l, acc = step(
+                it, n * C.block_n, masked, query, c, cap, limits, m, l, acc, (k_buf, v_buf, k_scales, v_scales), C
+            )
+            if not SHARED or n > first:
+                named_arrive(empty(C) + it % C.stages, threads(C))
+            it += 1
+
+        stage = (it - 1) % C.stages
+        l = gl.convert_layout(gl.sum(l, 1), ROW, assert_trivial=True)
+        room_there = (scratch, stage * room(C), pair)
+        store_tile(acc, m, l, ring, count, head, room_there, outputs, v_scale, out_scale, group, C)
+        if SHARED:  # warps have exchanged states through the last stage of K
+            fence_async_shared()
+            named_arrive(empty(C) + stage, threads(C))
+        count += 1
+        wait_full(tile_full, count, RING)
+        group_index = tiles.read(ring, count, tiles.HEAD)
