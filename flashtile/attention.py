@@ -258,6 +258,7 @@ class PlannedOp:
         self._plan: Plan | None = None
         self._sm_scale = 1.0
         self._config: Config | None = None
+        self._narrow_scales = True  # whether the last run's scales suited the narrow family
         self.reset_workspace_buffer(float_workspace_buffer)
 
     @property
@@ -304,7 +305,9 @@ class PlannedOp:
         kv_rows_request: int,
     ) -> None:
         problem.check()
-        config = self._config or configs.choose(problem, lengths.workload(), self.device, self._backend)
+        # the scales that run() is given are not known yet: most likely they are of the last run's kind
+        backend = self._backend if self._backend != "auto" or self._narrow_scales else "fa2"
+        config = self._config or configs.choose(problem, lengths.workload(), self.device, backend)
         skip = -self._workspace.data_ptr() % 16
         plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)
         need = plan.workspace_size()
@@ -320,7 +323,7 @@ class PlannedOp:
                 f"got {self._workspace.numel()}; allocate a larger one"
             )
         self._plan = plan
-        self._scratch = self._workspace[skip : skip + need]
+        self._scratch = self._workspace[skip : skip + (self._workspace.numel() - skip) // 4 * 4]
         self._sm_scale = problem.head_dim_qk**-0.5 if sm_scale is None else sm_scale
 
     def _schedule_paged(
@@ -374,6 +377,7 @@ class PlannedOp:
             plan, k, v, self._kv_layout, self._sm_scale, without_page_dim=without_page_dim, **scales
         )
         out = check_out("out", out, (plan.work.nnz_qo, p.num_qo_heads, p.head_dim_vo), p.o_dtype, self.device)
+        self._narrow_scales = read is None or configs.narrow_takes(read)
         return launch(plan, q, k, v, out, lse, self._scratch, sm_scale, sinks, read)
 
 
@@ -434,6 +438,9 @@ def single(
     workspace = torch.empty(plan.workspace_size(), dtype=torch.uint8, device=q.device)
     scale = q.shape[2] ** -0.5 if sm_scale is None else sm_scale
     sm_scale, read = read_scales(plan, k, v, kv_layout, scale, **scales)  # type: ignore[arg-type]
+    if plan.config.family == "narrow" and read is not None and not configs.narrow_takes(read):
+        plan = _single_plan(problem, q.shape[0], k.shape[0], q.device, "fa2")
+        workspace = torch.empty(plan.workspace_size(), dtype=torch.uint8, device=q.device)
     return launch(plan, q, k, v, out, None, workspace, sm_scale, scales=read)
 
 

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from flashtile.plan.problem import PARTS, Problem, Workload
+from flashtile.plan.scales import Scales
 from flashtile.plan.worklist import Tiling
 
 BACKENDS = ("auto", "fa2", "fa3")
@@ -207,6 +208,14 @@ def narrow_refusal(p: Problem, w: Workload, sm: tuple[int, int]) -> str | None:
     return None
 
 
+def narrow_takes(scales: Scales) -> bool:
+    """Whether the narrow family takes scales and zero points: those of a KV head, and those of a token if all are in
+    fp32 or all in fp16."""
+    factors = [f for f in (scales.k, scales.v, scales.k_zero, scales.v_zero) if f is not None]
+    each = {f.values.dtype for f in factors if f.form == "token"}
+    return all(f.form != "group" for f in factors) and each in (set(), {torch.float32}, {torch.float16})
+
+
 def narrow(p: Problem, w: Workload, sms: int) -> Config:
     """The narrow family's rows (H100, 32/8 heads, us; benchmarks/results/h100_narrow_trials.md): as many steps of 32 to
     64 KB on their way as shared memory holds.
@@ -217,7 +226,7 @@ def narrow(p: Problem, w: Workload, sms: int) -> Config:
     eight = p.num_kv_heads % 8 == 0 and w.batch_size * p.num_kv_heads >= 8 * sms
     words = p.head_dim_qk // PARTS[p.k_format]  # a row of 32, 64 or 128 bytes
     block_n, stages = {
-        (True, 64): (32, 3), (True, 32): (64, 3), (True, 16): (64, 6),
+        (True, 64): (32, 3), (True, 32): (64, 3), (True, 16): (64, 5),
         (False, 64): (64, 3), (False, 32): (64, 6), (False, 16): (64, 11),
     }[eight, words]  # fmt: skip
     if p.page_size % 16 and eight and block_n == 64:

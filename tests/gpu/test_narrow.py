@@ -83,9 +83,17 @@ LONG = [
     replace(_LONG, name="int8.one_tensor", one_tensor=True),
     replace(_INT4, name="int4.v_gain", v_gain=1e4), replace(_INT4, name="int4.v_gain.small", v_gain=1e-4),
     replace(_INT4, name="int4.many", kv_lens=(50, 900, 20) * 40, heads=(8, 8)),
-    # what it leaves to the portable family, over the same items
-    replace(_INT4, name="int4.zero", zero=True), replace(_INT4, name="int4.group32", scale="group32"),
-    replace(_LONG, name="int8.half", scale="half"),
+    *[replace(case, name=f"{case.name}.zero.page{n}", zero=True, page_size=n)
+      for case in (_LONG, _INT4) for n in (1, 16)],
+    replace(_INT4, name="int4.zero.all", zero=True, **_ALL),
+    replace(_INT4, name="int4.zero.dim64", zero=True, head_dim=64),
+    replace(_LONG, name="int8.head.zero", scale="head", zero=True),
+    *[replace(case, name=f"{case.name}.half.page{n}", scale="half", page_size=n)
+      for case in (_LONG, _INT4) for n in (1, 16)],
+    replace(_INT4, name="int4.half.zero", scale="half", zero=True),
+    # what it leaves to the portable family
+    replace(_INT4, name="int4.group32", scale="group32"),
+    replace(_INT4, name="int4.group32.zero", scale="group32", zero=True),
 ]  # fmt: skip
 
 
@@ -122,6 +130,18 @@ def test_chosen_for_long_batches() -> None:
     assert choose(problem, short, device, "fa3").family == "narrow"
     assert choose(problem, long, device, "fa2").family == "portable"
     assert choose(problem, replace(long, batch_size=1024), device).tiling(problem, num_sms(device)).persistent
+
+
+def test_next_plan_expects_scales_of_the_same_kind() -> None:
+    x = make_inputs(replace(_INT4, kv_lens=(3000,) * 20, scale="group32"), torch.bfloat16, "cuda")
+    wrapper = make_wrapper(x, "cuda")
+    outs = {}
+    for family in ("narrow", "portable"):
+        assert wrapper._planned().config.family == family
+        outs[family], _ = run_case(x, wrapper)
+        wrapper.plan(x.kv_indptr, x.kv_indices, x.last_page_len, 32, 8, 128, 16, q_data_type=torch.bfloat16,
+                     kv_data_type=torch.uint8)  # fmt: skip
+    assert torch.equal(outs["narrow"], outs["portable"])
 
 
 def test_in_a_graph() -> None:

@@ -38,7 +38,7 @@ from flashtile.kernels.hopper.narrow.spec import (
 )
 from flashtile.kernels.hopper.spec import WARP
 from flashtile.kernels.hopper.tiles import inverse
-from flashtile.plan.plan import Plan
+from flashtile.plan.plan import Plan, make_plan
 from flashtile.plan.problem import PARTS
 from flashtile.plan.scales import NO_SCALES, Factor, Scales
 from flashtile.testing.compile import CompileCase
@@ -48,8 +48,8 @@ BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 # Arguments that vary from call to call: no variant of its own for 1 or for multiples of 16
 RUNTIME = (
     "q_token", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "ks_page", "ks_token", "ks_head",
-    "vs_page", "vs_token", "vs_head", "stride_on", "stride_oh", "num_heads", "num_groups", "heads_per_item",
-    "inverse_heads", "group", "window_left",
+    "vs_page", "vs_token", "vs_head", "kz_page", "kz_token", "kz_head", "vz_page", "vz_token", "vz_head", "stride_on",
+    "stride_oh", "num_heads", "num_groups", "heads_per_item", "inverse_heads", "group", "window_left",
 )  # fmt: skip
 
 
@@ -78,11 +78,11 @@ def rows_buffer(C: gl.constexpr):
 
 
 @gluon.jit
-def scales_buffer(SCALED: gl.constexpr, C: gl.constexpr):
-    """The same for a scale per token: as the loader writes it and as consumers read it; nothing if there is none."""
+def factor_buffer(SOME: gl.constexpr, C: gl.constexpr):
+    """The same for a factor per token: as the loader writes it and as consumers read it; nothing if there is none."""
     written = gl.to_tensor(0)
     read = written
-    if SCALED:
+    if SOME:
         STAGES: gl.constexpr = C.stages
         HEADS: gl.constexpr = C.heads
         BLOCKS: gl.constexpr = blocks(C)
@@ -92,21 +92,35 @@ def scales_buffer(SCALED: gl.constexpr, C: gl.constexpr):
     return written, read
 
 
+@gluon.jit
+def factors_of(scale, zero, SCALED: gl.constexpr, SHIFTED: gl.constexpr):
+    """Those factors that there are."""
+    out = ()
+    if SCALED:
+        out = out + (scale,)
+    if SHIFTED:
+        out = out + (zero,)
+    return out
+
+
 @gluon.jit(do_not_specialize=RUNTIME)
 def narrow_kernel(
-    k_desc, v_desc, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    sinks_ptr, items_ptr, kv_indices_ptr, turns_ptr, q_token, q_head, k_page, k_token, k_head, v_page, v_token, v_head,
-    ks_page, ks_token, ks_head, vs_page, vs_token, vs_head, stride_on, stride_oh, num_heads, num_groups, heads_per_item,
-    inverse_heads, group, window_left, scale, cap, out_scale, C: gl.constexpr,
+    k_desc, v_desc, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_zero_ptr, v_zero_ptr, out_ptr, lse_ptr,
+    partial_ptr, partial_lse_ptr, sinks_ptr, items_ptr, kv_indices_ptr, turns_ptr, q_token, q_head, k_page, k_token,
+    k_head, v_page, v_token, v_head, ks_page, ks_token, ks_head, vs_page, vs_token, vs_head, kz_page, kz_token, kz_head,
+    vz_page, vz_token, vz_head, stride_on, stride_oh, num_heads, num_groups, heads_per_item, inverse_heads, group,
+    window_left, scale, cap, out_scale, C: gl.constexpr,
 ):  # fmt: skip
     """One persistent CTA; see spec.py for its roles and barriers.
 
-    Strides: of q and of scales in elements, of K and V in 16 bytes, of out in 8 elements.
+    Strides: of q and of factors in elements, of K and V in 16 bytes, of out in 8 elements.
     """
     k_written, k_read, k_boxes = rows_buffer(C)
     v_written, v_read, v_boxes = rows_buffer(C)
-    ks_written, ks_read = scales_buffer(C.k_form == "token", C)
-    vs_written, vs_read = scales_buffer(C.v_form == "token", C)
+    ks_written, ks_read = factor_buffer(C.k_form == "token", C)
+    vs_written, vs_read = factor_buffer(C.v_form == "token", C)
+    kz_written, kz_read = factor_buffer(C.k_zero, C)
+    vz_written, vz_read = factor_buffer(C.v_zero, C)
     scratch = gl.to_tensor(0)
     pair = scratch
     if C.heads < WAYS:
@@ -125,24 +139,26 @@ def narrow_kernel(
     )  # fmt: skip
     k = (k_desc, k_ptr, (k_page, k_token, k_head))
     v = (v_desc, v_ptr, (v_page, v_token, v_head))
-    k_scale = (k_scale_ptr, (ks_page, ks_token, ks_head))
-    v_scale = (v_scale_ptr, (vs_page, vs_token, vs_head))
+    k_scale = (k_scale_ptr, (ks_page, ks_token, ks_head), ks_written)
+    v_scale = (v_scale_ptr, (vs_page, vs_token, vs_head), vs_written)
+    k_zero = (k_zero_ptr, (kz_page, kz_token, kz_head), kz_written)
+    v_zero = (v_zero_ptr, (vz_page, vz_token, vz_head), vz_written)
+    k_factors = factors_of(k_scale, k_zero, C.k_form == "token", C.k_zero)
+    v_factors = factors_of(v_scale, v_zero, C.v_form == "token", C.v_zero)
     scales = ((k_scale_ptr, ks_head), (v_scale_ptr, vs_head), out_scale)
     work = (items_ptr, turns_ptr, heads_per_item, inverse_heads, 0)
-    smem = (k_read, v_read, ks_read, vs_read, ring, scratch, pair)
+    smem = ((k_read, v_read, ks_read, vs_read, kz_read, vz_read), ring, scratch, pair)
     WARPS: gl.constexpr = loader_warps(C)
     REGISTERS: gl.constexpr = registers(C)[1]
     gl.warp_specialize(
         [
             (consumer, (smem, bars, (q_ptr, q_token, q_head), outputs, scales, (scale, cap, window_left, group), C)),
-            (loader, ((k_written, ks_written, ring), bars, k, k_scale, work, kv_indices_ptr, True,
-                      C.k_form == "token", C)),
-            (loader, ((v_written, vs_written, ring), bars, v, v_scale, work, kv_indices_ptr, False,
-                      C.v_form == "token", C)),
+            (loader, ((k_written, ring), bars, k, k_factors, work, kv_indices_ptr, True, C)),
+            (loader, ((v_written, ring), bars, v, v_factors, work, kv_indices_ptr, False, C)),
         ],
         [WARPS, WARPS],
         [REGISTERS, REGISTERS],
-    )  # fmt: skip
+    )
 
 
 def descriptor(x: torch.Tensor, heads: int) -> TensorDescriptor:
@@ -161,23 +177,31 @@ def boxable(x: torch.Tensor, page_size: int) -> bool:
 
 def suits(k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scales: Scales) -> bool:
     """Whether the kernel can read and write these tensors; k, v as words."""
-    factors = [f for f in (scales.k, scales.v) if f is not None]
-    plain = scales.k_zero is None and scales.v_zero is None and all(f.form != "group" for f in factors)
-    # of 2 bytes, scales would have to be read by ordinary loads
-    plain = plain and all(f.form == "head" or f.values.dtype == torch.float32 for f in factors)
-    return plain and copyable(k) and copyable(v) and copyable(out) and k.shape[0] > 0
+    return configs.narrow_takes(scales) and copyable(k) and copyable(v) and copyable(out) and k.shape[0] > 0
 
 
 _PORTABLE: WeakKeyDictionary[Plan, Plan] = WeakKeyDictionary()
 
 
-def portable_plan(plan: Plan) -> Plan:
-    """The same items for the portable family."""
+def portable_plan(plan: Plan, room: int) -> Plan:
+    """The same batch for the portable family, made when it is first needed; not split, if its partial states take more
+    than `room` bytes."""
     found = _PORTABLE.get(plan)
     if found is None:
-        c = configs.portable(plan.problem, plan.work, configs.capability(plan.device), num_sms(plan.device))
-        found = _PORTABLE[plan] = replace(plan, config=replace(c, overlap=plan.config.overlap))
+        p = plan.problem
+        c = configs.portable(p, plan.work, configs.capability(plan.device), num_sms(plan.device))
+        c = replace(c, kv_chunk=plan.config.kv_chunk)
+        found = make_plan(p, c, plan.lengths, plan.kv_indices, plan.device)
+        if found.workspace_size() > room:
+            found = make_plan(p, replace(c, split=False), plan.lengths, plan.kv_indices, plan.device)
+        _PORTABLE[plan] = found
     return found
+
+
+def token_dtypes(scales: Scales) -> set[torch.dtype]:
+    """Of the factors that each token has of its own: at most one."""
+    factors = (scales.k, scales.v, scales.k_zero, scales.v_zero)
+    return {f.values.dtype for f in factors if f is not None and f.form == "token"}
 
 
 def spec_of(plan: Plan, k: torch.Tensor, v: torch.Tensor, scales: Scales, has_sinks: bool) -> NarrowSpec:
@@ -188,8 +212,9 @@ def spec_of(plan: Plan, k: torch.Tensor, v: torch.Tensor, scales: Scales, has_si
         kv_format=p.k_format, words=p.head_dim_qk // parts, parts=parts, block_n=c.block_n, stages=c.num_stages,
         heads=c.heads, page_size=p.page_size, boxes=boxable(k, p.page_size) and boxable(v, p.page_size),
         by_heads=p.kv_heads_first, k_form=scales.k.form if scales.k else "none",
-        v_form=scales.v.form if scales.v else "none", left=p.window_left >= 0, soft_cap=p.logits_soft_cap > 0,
-        sinks=has_sinks, split=plan.num_merges > 0,
+        v_form=scales.v.form if scales.v else "none", k_zero=scales.k_zero is not None,
+        v_zero=scales.v_zero is not None, half=torch.float16 in token_dtypes(scales), left=p.window_left >= 0,
+        soft_cap=p.logits_soft_cap > 0, sinks=has_sinks, split=plan.num_merges > 0,
     )  # fmt: skip
 
 
@@ -211,7 +236,8 @@ def run(
         return
     k_words, v_words = words(k, p.k_format), words(v, p.v_format)
     if not suits(k_words, v_words, out, scales):
-        portable.run(portable_plan(plan), q, k, v, out, lse, workspace, sm_scale, sinks, scales)
+        other = portable_plan(plan, workspace.numel())
+        portable.run(other, q, k, v, out, lse, workspace, sm_scale, sinks, scales)
         return
     spec = spec_of(plan, k_words, v_words, scales, sinks is not None)
     k_desc, v_desc = (descriptor(k_words, c.heads), descriptor(v_words, c.heads)) if spec.boxes else (None, None)
@@ -219,13 +245,14 @@ def run(
     scale, cap_scale = (sm_scale / cap, cap * LOG2_E) if cap > 0 else (sm_scale * LOG2_E, 0.0)
     heads_per_item = c.heads_per_item or p.num_kv_heads // c.heads
     partial, partial_lse = plan.partials(workspace)
+    factors = (scales.k, scales.v, scales.k_zero, scales.v_zero)
     narrow_kernel[(plan.turns.shape[1],)](
-        k_desc, v_desc, q, k_words, v_words, scales.k.values if scales.k else lse,
-        scales.v.values if scales.v else lse, out, lse, partial, partial_lse, sinks if sinks is not None else lse,
-        plan.items, plan.kv_indices, plan.turns, q.stride(0), q.stride(1), *row_steps(k_words), *row_steps(v_words),
-        *scale_steps(scales.k), *scale_steps(scales.v), out.stride(0) // 8, out.stride(1) // 8, p.num_qo_heads,
-        p.num_kv_heads, heads_per_item, inverse(heads_per_item), p.group_size, p.window_left, scale, cap_scale,
-        scales.out, C=spec, num_warps=WAYS.value, maxnreg=registers(spec)[0],
+        k_desc, v_desc, q, k_words, v_words, *(f.values if f else lse for f in factors), out, lse, partial, partial_lse,
+        sinks if sinks is not None else lse, plan.items, plan.kv_indices, plan.turns, q.stride(0), q.stride(1),
+        *row_steps(k_words), *row_steps(v_words), *(step for f in factors for step in factor_steps(f)),
+        out.stride(0) // 8, out.stride(1) // 8, p.num_qo_heads, p.num_kv_heads, heads_per_item, inverse(heads_per_item),
+        p.group_size, p.window_left, scale, cap_scale, scales.out, C=spec, num_warps=WAYS.value,
+        maxnreg=registers(spec)[0],
     )  # fmt: skip
     if plan.num_merges:
         launch_merge(plan, out, lse, workspace, sinks)
@@ -237,8 +264,8 @@ def row_steps(x: torch.Tensor) -> tuple[int, ...]:
     return steps if x.dim() == 4 else (0, *steps)
 
 
-def scale_steps(factor: Factor | None) -> tuple[int, ...]:
-    """Strides of pages, tokens and heads of a scale, in elements; 0 where it has no such dimension."""
+def factor_steps(factor: Factor | None) -> tuple[int, ...]:
+    """Strides of pages, tokens and heads of a factor, in elements; 0 where it has no such dimension."""
     steps = factor.values.stride() if factor else ()
     return (0,) * (3 - len(steps)) + tuple(steps)
 
@@ -251,6 +278,8 @@ def signature(spec: NarrowSpec, dtype: str) -> dict[str, str]:
     found |= dict.fromkeys(("k_ptr", "v_ptr"), "*i16")
     found |= dict.fromkeys(("items_ptr", "kv_indices_ptr", "turns_ptr"), "*i32")
     found |= dict.fromkeys(("scale", "cap", "out_scale"), "fp32")
+    if spec.half:
+        found |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "k_zero_ptr", "v_zero_ptr"), "*fp16")
     found["C"] = "constexpr"
     for name in narrow_kernel.arg_names:
         found.setdefault(name, "*fp32" if name.endswith("_ptr") else "i32")
@@ -264,12 +293,19 @@ def compile_cases() -> Iterator[CompileCase]:
     fp8 = NarrowSpec("e4m3", 64, 2, 64, 3, 4, 16, True)
     rows = {"page_size": 1, "boxes": False}
     every = {"left": True, "soft_cap": True, "sinks": True, "split": True}
+    zeros = {"k_zero": True, "v_zero": True}
     eight8, eight4 = {"heads": 8, "block_n": 32}, {"heads": 8, "stages": 3}
     specs = {
         "int4": int4, "int4.eight": replace(int4, **eight4), "int4.all": replace(int4, **every, by_heads=True),
         "int4.rows": replace(int4, heads=8, block_n=32, **rows),
         "int4.rows.all": replace(int4, page_size=3, boxes=False, **every),
-        "int4.dim64": replace(int4, words=16), "int4.head": replace(int4, k_form="head", v_form="head", page_size=0),
+        "int4.dim64": replace(int4, words=16), "int4.dim64.zeros": replace(int4, words=16, stages=11, **zeros),
+        "int4.head": replace(int4, k_form="head", v_form="head", page_size=0),
+        "int4.zeros": replace(int4, **zeros), "int4.half": replace(int4, half=True),
+        "int4.eight.zeros.half": replace(int4, **eight4, **zeros, half=True, **every),
+        "int4.rows.zeros.half": replace(int4, **zeros, half=True, **rows), "int8.zeros": replace(int8, **zeros),
+        "int8.rows.zeros": replace(int8, **eight8, **rows, **zeros),
+        "int8.head.zeros": replace(int8, **zeros, k_form="head", v_form="head"),
         "int8": int8, "int8.eight": replace(int8, **eight8), "int8.rows": replace(int8, **eight8, **rows),
         "int8.all": replace(int8, **every), "int8.mixed": replace(int8, k_form="head"),
         "int8.rows.hnd": replace(int8, **every, by_heads=True, page_size=8, boxes=False),

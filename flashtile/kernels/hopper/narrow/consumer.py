@@ -15,6 +15,7 @@ from flashtile.kernels.hopper.narrow.spec import (
     RING,
     ROWS,
     WAYS,
+    bias,
     decoder,
     empty,
     has_nan,
@@ -31,8 +32,8 @@ FLOOR = gl.constexpr(-1e30)  # where maxima start: finite, so that a row without
 
 @gluon.jit
 def load_query(source, q_begin, head, group, C: gl.constexpr):
-    """The query rows of a tile as right operands [ways, words, rows] of fp16, one for each part, and the power of two
-    [ways, rows] that was taken out of each: bf16 values may exceed fp16."""
+    """The query rows of a tile as right operands [ways, words, rows] of fp16, one for each part; their sums, and the
+    powers of two that were taken out of them, [ways, rows]: bf16 values may exceed fp16."""
     ptr, q_token, q_head = source
     L: gl.constexpr = operand(1)
     PARTS: gl.constexpr = C.parts
@@ -52,9 +53,14 @@ def load_query(source, q_begin, head, group, C: gl.constexpr):
     unit = gl.where(power == 0.0, 1.0, power)
     inverse = (1.0 / unit)[:, None, :]
     q = ()
+    total = gl.zeros_like(top)
     for i in gl.static_range(PARTS):
-        q = q + ((loaded[i] * inverse).to(gl.float16),)
-    return q, gl.convert_layout(unit, gl.SliceLayout(1, mma_layout()))
+        x = (loaded[i] * inverse).to(gl.float16)
+        if C.k_zero:
+            total += gl.sum(x.to(gl.float32), 1)
+        q = q + (x,)
+    ROW: gl.constexpr = gl.SliceLayout(1, mma_layout())
+    return q, gl.convert_layout(total, ROW), gl.convert_layout(unit, ROW)
 
 
 @gluon.jit
@@ -100,9 +106,11 @@ def to_logits(s, c, cap, C: gl.constexpr):
 
 
 @gluon.jit
-def step(it, first, masked, query, c, cap, limits, m, l, acc, buffers, C: gl.constexpr):
-    """Fold the pieces of KV block number `it`, whose first token is `first`, into m, l and acc."""
-    k_buf, v_buf, k_scales, v_scales = buffers
+def step(it, first, masked, query, c, cap, limits, m, l, shift, acc, buffers, C: gl.constexpr):
+    """Fold the pieces of KV block number `it`, whose first token is `first`, into m, l, acc, and shift, which is what
+    V's zero points take from each dim of acc."""
+    k_buf, v_buf, k_scales, v_scales, k_zeros, v_zeros = buffers
+    q, q_sum = query
     decode: gl.constexpr = decoder(C)
     OWN: gl.constexpr = pieces_of_way(C)
     PARTS: gl.constexpr = C.parts
@@ -113,7 +121,10 @@ def step(it, first, masked, query, c, cap, limits, m, l, acc, buffers, C: gl.con
     factors = ()
     m_new = m
     for j in gl.static_range(OWN):
-        s = products(decode(k_buf.index(at + j).load(operand(0))), query)
+        s = products(decode(k_buf.index(at + j).load(operand(0))), q)
+        if C.k_zero:
+            zero = k_zeros.index(at + j).load(TOKEN) - bias(C)
+            s = s - by_rows(q_sum, s) * zero[:, :, None]
         if C.k_form == "token":
             s = s * k_scales.index(at + j).load(TOKEN)[:, :, None]
         s = to_logits(s, c, cap, C)
@@ -127,6 +138,8 @@ def step(it, first, masked, query, c, cap, limits, m, l, acc, buffers, C: gl.con
         logits = logits + (s,)
     alpha = gl.exp2(m - m_new)
     l = l * by_rows(alpha, l)
+    if C.v_zero:
+        shift = shift * by_rows(alpha, shift)
     scaled = ()
     for i in gl.static_range(PARTS):
         scaled = scaled + (acc[i] * by_rows(alpha, acc[i]),)
@@ -144,18 +157,31 @@ def step(it, first, masked, query, c, cap, limits, m, l, acc, buffers, C: gl.con
                 keep = is_visible(first + j * (WAYS // C.heads * PIECE), limits, DIM_TOKEN, C)
                 words = gl.where(keep[:, None, :], words, gl.zeros_like(words))
         values = decode(words)
+        p = p.to(gl.float16)
+        if C.v_zero:
+            zero = v_zeros.index(at + j).load(TOKEN) - bias(C)
+            shift = shift + sum_own(p.to(gl.float32) * zero[:, :, None])
         right = as_operand(p)
         added = ()
         for i in gl.static_range(PARTS):
             added = added + (mma_v2(values[i], right, acc[i]),)
         acc = added
-    return m_new, l, acc
+    return m_new, l, shift, acc
+
+
+@gluon.jit
+def less(acc, shift):
+    """Parts of O [ways, words, rows] less a number per row [ways, rows]."""
+    out = ()
+    for i in gl.static_range(len(acc)):
+        out = out + (acc[i] - by_rows(shift, acc[i]),)
+    return out
 
 
 @gluon.jit
 def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
     """The role of all consumer warps: the CTA's tiles, one after the other."""
-    k_buf, v_buf, k_scales, v_scales, ring, scratch, pair = smem
+    buffers, ring, scratch, pair = smem
     full, tile_full = bars
     k_scale, v_scale, out_scale = scales
     scale, cap, window_left, group = params
@@ -176,12 +202,13 @@ def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
         end = tiles.read(ring, count, tiles.KV_END)
         limits = (tiles.read(ring, count, tiles.KV_LEN) - 1 - window_left, end)
         first, last = tiles.block_range(begin, end, C.block_n)
-        query, c = load_query(q, q_begin, head, group, C)
-        c = c * scale
+        rows, q_sum, unit = load_query(q, q_begin, head, group, C)
+        c = unit * scale
         if C.k_form == "head":
             c = c * gl.load(k_scale[0] + (head + ways % C.heads) * k_scale[1]).to(gl.float32)[:, None]
         m = gl.full([WAYS, ROWS], FLOOR, gl.float32, ROW)
         l = sum_own(gl.zeros([WAYS, PIECE, ROWS], gl.float32, L))
+        shift = l
         acc = ()
         for _ in gl.static_range(PARTS):
             acc = acc + (gl.zeros([WAYS, WORDS, ROWS], gl.float32, L),)
@@ -191,8 +218,8 @@ def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
             if C.left:
                 masked = masked | (n * C.block_n < limits[0])
             wait_full(full, it, C.stages)
-            m, l, acc = step(
-                it, n * C.block_n, masked, query, c, cap, limits, m, l, acc, (k_buf, v_buf, k_scales, v_scales), C
+            m, l, shift, acc = step(
+                it, n * C.block_n, masked, (rows, q_sum), c, cap, limits, m, l, shift, acc, buffers, C
             )
             if not SHARED or n > first:
                 named_arrive(empty(C) + it % C.stages, threads(C))
@@ -200,6 +227,8 @@ def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
 
         stage = (it - 1) % C.stages
         l = gl.convert_layout(gl.sum(l, 1), ROW, assert_trivial=True)
+        if C.v_zero:
+            acc = less(acc, gl.convert_layout(gl.sum(shift, 1), ROW, assert_trivial=True))
         room_there = (scratch, stage * room(C), pair)
         store_tile(acc, m, l, ring, count, head, room_there, outputs, v_scale, out_scale, group, C)
         if SHARED:  # warps have exchanged states through the last stage of K

@@ -2,7 +2,7 @@
 
 A *source* is (descriptor, pointer, steps): a TMA descriptor of [pages, heads, page_size, words] (ragged: one page of
 all tokens) if pieces are copied whole, and the strides of a page, a token and a head, in units of 8 words, if rows are.
-A *scale* is (pointer, strides of a page, a token and a head).
+A *factor* is (pointer, strides of a page, a token and a head, buffer).
 """
 
 from flashtile.kernels.hopper import tiles
@@ -12,9 +12,9 @@ from flashtile.kernels.hopper.narrow.spec import (
     PIECE,
     blocks,
     empty,
+    factors_layout,
     loader_warps,
     rows_layout,
-    scales_layout,
     threads,
 )
 
@@ -119,15 +119,39 @@ def copy_rows(source, out, head, n, pages, valid, MASKED: gl.constexpr, C: gl.co
 
 
 @gluon.jit
-def copy_scales(scale, out, head, n, pages, valid, C: gl.constexpr):
-    """Copies of the scales of block n, 4 bytes each; those from `valid` on become 0."""
-    ptr, steps = scale
+def factor_places(factor, head, n, pages, valid, C: gl.constexpr):
+    """Where a factor of block n is, [blocks, heads, 16], and which of it there is."""
+    ptr, steps, buf = factor
     HEADS: gl.constexpr = C.heads
-    L: gl.constexpr = scales_layout(C)
+    L: gl.constexpr = factors_layout(C)
     TOKEN: gl.constexpr = gl.SliceLayout(1, L)
     heads = (head + gl.arange(0, HEADS, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))).to(gl.int64) * steps[2]
     at = ptr + (row_offsets(pages, steps, n, TOKEN, C)[:, None, :] + heads[None, :, None])
-    cp_async(out, at, mask=before(valid, TOKEN, C)[:, None, :])
+    return at, before(valid, TOKEN, C)[:, None, :]
+
+
+@gluon.jit
+def load_factors(factors, head, n, pages, valid, C: gl.constexpr):
+    """Start to read factors of 2 bytes, which are too few to be copied by themselves; 0 from `valid` on."""
+    out = ()
+    for i in gl.static_range(len(factors) if C.half else 0):
+        at, some = factor_places(factors[i], head, n, pages, valid, C)
+        out = out + (gl.load(at, mask=some, other=0.0),)
+    return out
+
+
+@gluon.jit
+def bring_factors(factors, loaded, stage, bar, head, n, pages, valid, C: gl.constexpr):
+    """Copies of factors of 4 bytes, which their threads announce later; or stores of what has been read."""
+    for i in gl.static_range(len(factors)):
+        out = factors[i][2].index(stage)
+        if C.half:
+            out.store(loaded[i].to(gl.float32))
+        else:
+            at, some = factor_places(factors[i], head, n, pages, valid, C)
+            cp_async(out, at, mask=some)
+    if C.half and len(factors) > 0:
+        mbarrier.arrive(bar, count=1)
 
 
 @gluon.jit
@@ -140,13 +164,14 @@ def walk(item, C: gl.constexpr):
 
 
 @gluon.jit
-def loader(smem, bars, source, scale, work, table, PUBLISH: gl.constexpr, SCALED: gl.constexpr, C: gl.constexpr):
-    """The role that fetches K, or V, and its scales; one of the two also hands the tiles over to the consumers."""
-    buf, scale_buf, ring = smem
+def loader(smem, bars, source, factors, work, table, PUBLISH: gl.constexpr, C: gl.constexpr):
+    """The role that fetches K, or V, and its factors; one of the two also hands the tiles over to the consumers."""
+    buf, ring = smem
     full, tile_full = bars
     WARPS: gl.constexpr = loader_warps(C)
     ROW_TOKEN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, rows_layout(C)))
-    SCALE_TOKEN: gl.constexpr = gl.SliceLayout(1, scales_layout(C))
+    FACTOR_TOKEN: gl.constexpr = gl.SliceLayout(1, factors_layout(C))
+    SCALED: gl.constexpr = len(factors) > 0
     t = gl.program_id(0)
     following = tiles.turn(work, 1)
     item = tiles.with_head(tiles.fetch(work, t, WARPS), t, work)
@@ -160,9 +185,9 @@ def loader(smem, bars, source, scale, work, table, PUBLISH: gl.constexpr, SCALED
         pages = load_pages(table, base, n, kv_len, True, C)
     else:
         pages = row_pages(table, base, n, kv_len, True, ROW_TOKEN, C)
-    scale_pages = gl.to_tensor(0)
+    factor_pages = gl.to_tensor(0)
     if SCALED:
-        scale_pages = row_pages(table, base, n, kv_len, True, SCALE_TOKEN, C)
+        factor_pages = row_pages(table, base, n, kv_len, True, FACTOR_TOKEN, C)
 
     count = gl.to_tensor(0)  # tiles begun, less one
     it = gl.to_tensor(0)  # blocks
@@ -183,27 +208,27 @@ def loader(smem, bars, source, scale, work, table, PUBLISH: gl.constexpr, SCALED
             pages_then = load_pages(table, base_then, n_then, kv_len_then, some, C)
         else:
             pages_then = row_pages(table, base_then, n_then, kv_len_then, some, ROW_TOKEN, C)
-        scale_pages_then = scale_pages
+        factor_pages_then = factor_pages
         if SCALED:
-            scale_pages_then = row_pages(table, base_then, n_then, kv_len_then, some, SCALE_TOKEN, C)
+            factor_pages_then = row_pages(table, base_then, n_then, kv_len_then, some, FACTOR_TOKEN, C)
 
+        kv_head = head * C.heads
+        valid = end - n * C.block_n
+        loaded = load_factors(factors, kv_head, n, factor_pages, valid, C)
         stage = it % C.stages
         if it >= C.stages:
             named_wait(empty(C) + stage, threads(C))
         bar = full.index(stage)
-        kv_head = head * C.heads
-        valid = end - n * C.block_n
         if C.boxes:
             copy_boxes(source[0], buf, stage, bar, kv_head, n, pages, C)
-        if SCALED:
-            copy_scales(scale, scale_buf.index(stage), kv_head, n, scale_pages, valid, C)
+        bring_factors(factors, loaded, stage, bar, kv_head, n, factor_pages, valid, C)
         if not C.boxes:
             if valid >= C.block_n:  # a comparison per row less
                 copy_rows(source, buf.index(stage), kv_head, n, pages, valid, False, C)
             else:
                 copy_rows(source, buf.index(stage), kv_head, n, pages, valid, True, C)
-        if SCALED or not C.boxes:
+        if (SCALED and not C.half) or not C.boxes:
             cp_async_arrive(bar, increment_count=False)
         it += 1
         head, base, kv_len, end, first, n = head_then, base_then, kv_len_then, end_then, first_then, n_then
-        pages, scale_pages = pages_then, scale_pages_then
+        pages, factor_pages = pages_then, factor_pages_then

@@ -30,11 +30,10 @@ def swapped(x):
 
 @gluon.jit
 def as_operand(p):
-    """P [ways, tokens, rows] as the right operand of V' P', fp16."""
+    """P [ways, tokens, rows], fp16, as the right operand of V' P'."""
     p = gl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p.to(gl.float16)], dtype=gl.float16,
-        is_pure=False, pack=2,
-    )  # fmt: skip
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p], dtype=gl.float16, is_pure=False, pack=2
+    )
     return gl.convert_layout(swapped(p), operand(1), assert_trivial=True)
 
 

@@ -13,18 +13,18 @@ the 8 columns of its right operand the query heads of a group. The other way rou
 
 Words. Rows are read as 16-bit words (codec.py); part i of a row are dims i, i + parts, ...
 
-Shared memory. A stage of K or V is [pieces / heads, heads, 16 tokens, words], rows swizzled as TMA does; scales, where
-each token has its own, are [pieces / heads, heads, 16].
+Shared memory. A stage of K or V is [pieces / heads, heads, 16 tokens, words], rows swizzled as TMA does; its factors,
+which are what each token has of its own, a scale and a zero point, are [pieces / heads, heads, 16] each, fp32.
 
 Barriers (mbarriers unless said otherwise):
-  full[stage]        bytes of both loaders landed, and the copies of scales, or of rows, by their threads -> consumers
+  full[stage]        bytes of both loaders landed, and the copies of factors, or of rows, by their threads -> consumers
   tile_full[RING]    k_loader published the next tile -> consumers
   empty + stage      named barriers: all consumer threads arrive, the threads of both loaders wait
 """
 
 from dataclasses import dataclass
 
-from flashtile.kernels.codec import e4m3, e5m2, int4, int8
+from flashtile.kernels.codec import BIAS, e4m3, e5m2, int4, int8
 from flashtile.kernels.hopper.compat import gl, gluon
 
 WAYS = gl.constexpr(8)  # consumer warps
@@ -44,7 +44,8 @@ class NarrowSpec:
     in shared memory. heads: KV heads of a tile, 4 or 8.
     page_size: tokens, 0: ragged. boxes: pieces are copied by TMA, whole; else row by row.
     by_heads: neighbours in memory are tokens of one head (HND), not heads of one token.
-    k_form, v_form: of a scale, "none", "head" or "token". left: the window is bounded on this side.
+    k_form, v_form: of a scale, "none", "head" or "token"; k_zero, v_zero: there is a zero point per token. half: what
+    is per token is in fp16, else in fp32. left: the window is bounded on this side.
     """
 
     kv_format: str
@@ -58,6 +59,9 @@ class NarrowSpec:
     by_heads: bool = False
     k_form: str = "none"
     v_form: str = "none"
+    k_zero: bool = False
+    v_zero: bool = False
+    half: bool = False
     left: bool = False
     soft_cap: bool = False
     sinks: bool = False
@@ -68,6 +72,12 @@ class NarrowSpec:
 def decoder(spec):
     """What turns words into a tuple of fp16 parts."""
     return {"e4m3": e4m3, "e5m2": e5m2, "int8": int8, "int4": int4}[spec.kv_format]
+
+
+@gluon.constexpr_function
+def bias(spec):
+    """What it takes off the numbers; zero points count from there."""
+    return BIAS[spec.kv_format]
 
 
 @gluon.constexpr_function
@@ -97,11 +107,13 @@ def empty(spec):
 
 @gluon.constexpr_function
 def full_arrivals(spec):
-    """Arrivals that fill a stage: of each loader one thread for its boxes, or all for their copies of rows; and all for
-    their copies of scales."""
-    if not spec.boxes:
-        return 2 * 32 * GATHERERS
-    return 2 + 32 * ((spec.k_form == "token") + (spec.v_form == "token"))
+    """Arrivals that fill a stage: of each loader one thread for its boxes, or all for their copies of rows; and for
+    factors all for their copies, or one for what all have stored."""
+    sides = ((spec.k_form == "token") or spec.k_zero) + ((spec.v_form == "token") or spec.v_zero)
+    rows = 2 if spec.boxes else 2 * 32 * GATHERERS
+    if spec.half:
+        return rows + sides
+    return rows + (32 * sides if spec.boxes else 0)
 
 
 @gluon.constexpr_function
@@ -112,8 +124,8 @@ def registers(spec):
 
 def shared_bytes(spec: NarrowSpec) -> int:
     """Shared memory of the stages, in bytes."""
-    scales = (spec.k_form == "token") + (spec.v_form == "token")
-    return spec.stages * spec.block_n * spec.heads * (4 * spec.words + 4 * scales)
+    factors = (spec.k_form == "token") + (spec.v_form == "token") + spec.k_zero + spec.v_zero
+    return spec.stages * spec.block_n * spec.heads * (4 * spec.words + 4 * factors)
 
 
 @gluon.constexpr_function
@@ -181,8 +193,8 @@ def rows_layout(spec):
 
 
 @gluon.constexpr_function
-def scales_layout(spec):
-    """Registers of the copies of scales, [blocks, heads, 16], one per thread."""
+def factors_layout(spec):
+    """Registers of the copies of a factor, [blocks, heads, 16], one per thread."""
     warps = loader_warps(spec)
     outer = min(warps, blocks(spec))
     if spec.by_heads:
