@@ -89,7 +89,7 @@ tests() {
 sanitize() {
   local tool shard ids=$OUT/sanitize.ids
   "$PYTHON" -m pytest tests/gpu --collect-only -q -o addopts= -p no:cacheprovider "$@" | grep '::' |
-    grep -vE "$SANITIZE_SKIP" | awk -F'[' -v every="$SANITIZE_EVERY" '++seen[$1] % every == 1' >"$ids"
+    grep -vE "$SANITIZE_SKIP" | awk -F'[' -v every="$SANITIZE_EVERY" '++seen[$1] % every == 1 % every' >"$ids"
   for ((shard = 0; shard < WORKERS; shard++)); do
     awk -v n="$WORKERS" -v i="$shard" 'NR % n == i' "$ids" >"$ids.$shard"
   done

@@ -7,7 +7,7 @@ through a ring in shared memory. HEAD then holds the tile's own head group, or -
 """
 
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
-from flashtile.kernels.hopper.spec import WARP
+from flashtile.kernels.hopper.spec import RING, WARP
 from flashtile.plan.worklist import ITEM_FIELDS, ITEM_STRIDE
 
 FIELDS = gl.constexpr(ITEM_STRIDE)
@@ -114,16 +114,15 @@ def with_head(item, t, work):
 @gluon.jit
 def publish(ring, tile_full, count, item):
     """Hand over tile number `count` of this CTA."""
-    SLOTS: gl.constexpr = ring.shape[0]
-    ring.index(count % SLOTS).store(item)
-    mbarrier.arrive(tile_full.index(count % SLOTS), count=1)
+    ring.index(count % RING).store(item)
+    mbarrier.arrive(tile_full.index(count % RING), count=1)
 
 
 @gluon.jit
 def read(ring, count, F: gl.constexpr):
     """A field of tile number `count`, for a role that is not the loader."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(ring.index(count % ring.shape[0]).slice(F, 1).load(ONE), 0)
+    return gl.max(ring.index(count % RING).slice(F, 1).load(ONE), 0)
 
 
 @gluon.jit

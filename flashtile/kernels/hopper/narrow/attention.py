@@ -22,7 +22,6 @@ from flashtile.kernels.hopper.narrow.consumer import consumer
 from flashtile.kernels.hopper.narrow.loader import loader
 from flashtile.kernels.hopper.narrow.spec import (
     PIECE,
-    RING,
     ROWS,
     WAYS,
     NarrowSpec,
@@ -36,7 +35,6 @@ from flashtile.kernels.hopper.narrow.spec import (
     room,
     words_layout,
 )
-from flashtile.kernels.hopper.spec import WARP
 from flashtile.kernels.hopper.tiles import inverse
 from flashtile.plan.plan import Plan, make_plan
 from flashtile.plan.problem import PARTS
@@ -129,14 +127,14 @@ def narrow_kernel(
         HEADS: gl.constexpr = C.heads
         scratch = reinterpret(k_boxes, gl.float32, [PARTS_OF, 2, HEADS, HALF, ROWS], flat_layout(4))
         pair = gl.allocate_shared_memory(gl.float32, [2, 2, HEADS, ROWS], flat_layout(3))
-    ring = gl.allocate_shared_memory(gl.int32, [RING, WARP], flat_layout(1))
     STAGES: gl.constexpr = C.stages
     ARRIVALS: gl.constexpr = full_arrivals(C)
-    bars = (barriers(STAGES, ARRIVALS), barriers(RING, 1))
+    full = barriers(STAGES, ARRIVALS)
 
     outputs = (
         out_ptr, stride_on, stride_oh, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr, num_heads, num_groups
     )  # fmt: skip
+    q = (q_ptr, q_token, q_head)
     k = (k_desc, k_ptr, (k_page, k_token, k_head))
     v = (v_desc, v_ptr, (v_page, v_token, v_head))
     k_scale = (k_scale_ptr, (ks_page, ks_token, ks_head), ks_written)
@@ -147,14 +145,14 @@ def narrow_kernel(
     v_factors = factors_of(v_scale, v_zero, C.v_form == "token", C.v_zero)
     scales = ((k_scale_ptr, ks_head), (v_scale_ptr, vs_head), out_scale)
     work = (items_ptr, turns_ptr, heads_per_item, inverse_heads, 0)
-    smem = ((k_read, v_read, ks_read, vs_read, kz_read, vz_read), ring, scratch, pair)
+    smem = ((k_read, v_read, ks_read, vs_read, kz_read, vz_read), scratch, pair)
     WARPS: gl.constexpr = loader_warps(C)
     REGISTERS: gl.constexpr = registers(C)[1]
     gl.warp_specialize(
         [
-            (consumer, (smem, bars, (q_ptr, q_token, q_head), outputs, scales, (scale, cap, window_left, group), C)),
-            (loader, ((k_written, ring), bars, k, k_factors, work, kv_indices_ptr, True, C)),
-            (loader, ((v_written, ring), bars, v, v_factors, work, kv_indices_ptr, False, C)),
+            (consumer, (smem, full, q, outputs, scales, (scale, cap, window_left, group), work, C)),
+            (loader, (k_written, full, k, k_factors, work, kv_indices_ptr, C)),
+            (loader, (v_written, full, v, v_factors, work, kv_indices_ptr, C)),
         ],
         [WARPS, WARPS],
         [REGISTERS, REGISTERS],

@@ -12,7 +12,6 @@ from flashtile.kernels.hopper.narrow.epilogue import store_tile
 from flashtile.kernels.hopper.narrow.registers import as_operand, by_rows, sum_own
 from flashtile.kernels.hopper.narrow.spec import (
     PIECE,
-    RING,
     ROWS,
     WAYS,
     bias,
@@ -152,7 +151,7 @@ def step(it, first, masked, query, c, cap, limits, m, l, shift, acc, buffers, C:
         else:
             l = l + sum_own(p)
         words = v_buf.index(at + j).permute((0, 2, 1)).load(operand(0))
-        if has_nan(C) and C.boxes:  # noqa: SIM102 (rows past the request may hold NaN, and NaN * 0 is NaN)
+        if has_nan(C) and (C.boxes or C.left):  # noqa: SIM102 (what nobody sees may be NaN, and NaN * 0 is NaN)
             if masked:
                 keep = is_visible(first + j * (WAYS // C.heads * PIECE), limits, DIM_TOKEN, C)
                 words = gl.where(keep[:, None, :], words, gl.zeros_like(words))
@@ -179,10 +178,9 @@ def less(acc, shift):
 
 
 @gluon.jit
-def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
+def consumer(smem, full, q, outputs, scales, params, work, C: gl.constexpr):
     """The role of all consumer warps: the CTA's tiles, one after the other."""
-    buffers, ring, scratch, pair = smem
-    full, tile_full = bars
+    buffers, scratch, pair = smem
     k_scale, v_scale, out_scale = scales
     scale, cap, window_left, group = params
     L: gl.constexpr = mma_layout()
@@ -193,15 +191,19 @@ def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
     ways = gl.arange(0, WAYS, layout=gl.SliceLayout(1, ROW))
     it = gl.to_tensor(0)  # KV blocks this CTA has finished
     count = gl.to_tensor(0)  # tiles
-    wait_full(tile_full, 0, RING)
-    group_index = tiles.read(ring, 0, tiles.HEAD)
-    while group_index >= 0:
-        head = group_index * C.heads
-        q_begin = tiles.read(ring, count, tiles.Q_BEGIN)
-        begin = tiles.read(ring, count, tiles.KV_BEGIN)
-        end = tiles.read(ring, count, tiles.KV_END)
-        limits = (tiles.read(ring, count, tiles.KV_LEN) - 1 - window_left, end)
-        first, last = tiles.block_range(begin, end, C.block_n)
+    t = gl.program_id(0)
+    following = tiles.turn(work, 1)
+    item = tiles.with_head(tiles.fetch(work, t, WAYS), t, work)
+    head_group = tiles.field(item, tiles.HEAD)
+    while head_group >= 0:
+        t = following  # the next tile's entry is under way while this one is computed
+        upcoming = tiles.fetch(work, t, WAYS)
+        following = tiles.turn(work, count + 2)
+        head = head_group * C.heads
+        q_begin = tiles.field(item, tiles.Q_BEGIN)
+        end = tiles.field(item, tiles.KV_END)
+        limits = (tiles.field(item, tiles.KV_LEN) - 1 - window_left, end)
+        first, last = tiles.block_range(tiles.field(item, tiles.KV_BEGIN), end, C.block_n)
         rows, q_sum, unit = load_query(q, q_begin, head, group, C)
         c = unit * scale
         if C.k_form == "head":
@@ -230,10 +232,11 @@ def consumer(smem, bars, q, outputs, scales, params, C: gl.constexpr):
         if C.v_zero:
             acc = less(acc, gl.convert_layout(gl.sum(shift, 1), ROW, assert_trivial=True))
         room_there = (scratch, stage * room(C), pair)
-        store_tile(acc, m, l, ring, count, head, room_there, outputs, v_scale, out_scale, group, C)
+        place = (q_begin, tiles.field(item, tiles.SLOT), head)
+        store_tile(acc, m, l, place, room_there, outputs, v_scale, out_scale, group, C)
         if SHARED:  # warps have exchanged states through the last stage of K
             fence_async_shared()
             named_arrive(empty(C) + stage, threads(C))
         count += 1
-        wait_full(tile_full, count, RING)
-        group_index = tiles.read(ring, count, tiles.HEAD)
+        item = tiles.with_head(upcoming, t, work)
+        head_group = tiles.field(item, tiles.HEAD)

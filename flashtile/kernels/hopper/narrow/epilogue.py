@@ -4,7 +4,6 @@ Of two such warps each stores half of the dims: it hands over the other half of 
 memory.
 """
 
-from flashtile.kernels.hopper import tiles
 from flashtile.kernels.hopper.compat import gl, gluon
 from flashtile.kernels.hopper.epilogue import finish
 from flashtile.kernels.hopper.narrow.registers import along_rows, by_rows, halves, interleaved
@@ -68,18 +67,18 @@ def join_pairs(acc, m, l, scratch, upper):
 
 
 @gluon.jit
-def store_tile(acc, m, l, ring, count, head, scratch, outputs, v_scale, out_scale, group, C: gl.constexpr):
-    """Write the rows of tile number `count`, whose first KV head is `head`.
+def store_tile(acc, m, l, place, scratch, outputs, v_scale, out_scale, group, C: gl.constexpr):
+    """Write the rows of a tile.
 
-    acc: parts of O [ways, words, rows], not normalised; m, l [ways, rows]: maxima in log2 units, and sums.
+    acc: parts of O [ways, words, rows], not normalised; m, l [ways, rows]: maxima in log2 units, and sums; place: the
+    query token, the slot of the partial state or -1, and the first KV head.
     """
+    q_begin, slot, head = place
     out_ptr, stride_on, stride_oh, lse_ptr, partial_ptr, partial_lse_ptr, sinks_ptr, num_heads, num_groups = outputs
     HEADS: gl.constexpr = C.heads
     PARTS: gl.constexpr = C.parts
     D_VO: gl.constexpr = C.words * PARTS
     ROW: gl.constexpr = m.type.layout
-    q_begin = tiles.read(ring, count, tiles.Q_BEGIN).to(gl.int64)
-    slot = tiles.read(ring, count, tiles.SLOT)
     ways = gl.arange(0, WAYS, layout=gl.SliceLayout(1, ROW))[:, None]
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, ROW))[None, :]
     if HEADS < WAYS:
@@ -116,7 +115,7 @@ def store_tile(acc, m, l, ring, count, head, scratch, outputs, v_scale, out_scal
         state = (first + kv_head_there) * PARTIAL_ROWS + rows_there
         gl.store(partial_ptr + state[:, :, None] * D_VO + dims, out, mask=stored)
     else:
-        gl.store(lse_ptr + q_begin * num_heads + heads, lse, mask=valid)
+        gl.store(lse_ptr + q_begin.to(gl.int64) * num_heads + heads, lse, mask=valid)
         heads_there = (kv_head_there * group + rows_there).to(gl.int64)
-        at = (q_begin * stride_on + heads_there * stride_oh) * 8
+        at = (q_begin.to(gl.int64) * stride_on + heads_there * stride_oh) * 8
         gl.store(out_ptr + at[:, :, None] + dims, out.to(out_ptr.dtype.element_ty), mask=stored)

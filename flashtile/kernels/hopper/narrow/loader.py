@@ -164,10 +164,8 @@ def walk(item, C: gl.constexpr):
 
 
 @gluon.jit
-def loader(smem, bars, source, factors, work, table, PUBLISH: gl.constexpr, C: gl.constexpr):
-    """The role that fetches K, or V, and its factors; one of the two also hands the tiles over to the consumers."""
-    buf, ring = smem
-    full, tile_full = bars
+def loader(buf, full, source, factors, work, table, C: gl.constexpr):
+    """The role that fetches K, or V, and its factors."""
     WARPS: gl.constexpr = loader_warps(C)
     ROW_TOKEN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, rows_layout(C)))
     FACTOR_TOKEN: gl.constexpr = gl.SliceLayout(1, factors_layout(C))
@@ -175,8 +173,6 @@ def loader(smem, bars, source, factors, work, table, PUBLISH: gl.constexpr, C: g
     t = gl.program_id(0)
     following = tiles.turn(work, 1)
     item = tiles.with_head(tiles.fetch(work, t, WARPS), t, work)
-    if PUBLISH:
-        tiles.publish(ring, tile_full, 0, item)
     t = following
     upcoming = tiles.fetch(work, t, WARPS)
     following = tiles.turn(work, 2)
@@ -197,8 +193,6 @@ def loader(smem, bars, source, factors, work, table, PUBLISH: gl.constexpr, C: g
         if n == first:
             count += 1
             item = tiles.with_head(upcoming, t, work)
-            if PUBLISH:
-                tiles.publish(ring, tile_full, count, item)
             head_then, base_then, kv_len_then, end_then, first_then, n_then = walk(item, C)
             t = following
             upcoming = tiles.fetch(work, t, WARPS)

@@ -18,7 +18,6 @@ which are what each token has of its own, a scale and a zero point, are [pieces 
 
 Barriers (mbarriers unless said otherwise):
   full[stage]        bytes of both loaders landed, and the copies of factors, or of rows, by their threads -> consumers
-  tile_full[RING]    k_loader published the next tile -> consumers
   empty + stage      named barriers: all consumer threads arrive, the threads of both loaders wait
 """
 
