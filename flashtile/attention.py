@@ -305,8 +305,9 @@ class PlannedOp:
         kv_rows_request: int,
     ) -> None:
         problem.check()
-        # the scales that run() is given are not known yet: most likely they are of the last run's kind
-        backend = self._backend if self._backend != "auto" or self._narrow_scales else "fa2"
+        backend = self._backend
+        if backend == "auto" and problem.quantised and not self._narrow_scales:
+            backend = "fa2"  # the scales that run() will be given are most likely of the last run's kind
         config = self._config or configs.choose(problem, lengths.workload(), self.device, backend)
         skip = -self._workspace.data_ptr() % 16
         plan = make_plan(problem, config, lengths, kv_indices, self.device, kv_rows, kv_rows_request)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashtile import config
-from flashtile.config import narrow_refusal
+from flashtile.config import Config, narrow_refusal
 from flashtile.kernels.hopper.attention import SHARED_BYTES
 from flashtile.kernels.hopper.narrow.attention import boxable, descriptor, portable_plan, suits
 from flashtile.kernels.hopper.narrow.spec import NarrowSpec, empty, pieces_of_way, room, shared_bytes
@@ -16,6 +16,7 @@ from flashtile.plan.encoding import Rope
 from flashtile.plan.plan import Lengths, Plan, make_plan
 from flashtile.plan.problem import PARTS, Problem, Workload
 from flashtile.plan.scales import NO_SCALES, Factor, Scales
+from flashtile.testing.cases_attention import CASES, make_inputs, make_wrapper, run_case
 
 INT4 = Problem(32, 8, 128, 128, torch.bfloat16, torch.uint8, torch.bfloat16, page_size=16)
 
@@ -132,3 +133,25 @@ def test_portable_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert other.num_merges == 2
     assert portable_plan(plan, 2**20) is other
     assert portable_plan(plan_of(INT4), 100).num_merges == 0, "where there is no room for partial states"
+
+
+def test_plan_expects_scales_of_the_last_runs_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    choose = config.choose
+
+    def spy(problem: Problem, work: Workload, device: torch.device, backend: str = "auto", **fields: Any) -> Config:
+        asked.append(backend)
+        return choose(problem, work, device, backend, **fields)
+
+    monkeypatch.setattr(config, "choose", spy)
+    cases = {case.name: case for case in CASES}
+    for name in ("decode.int4.token", "decode.int4.group32", "decode.int4.token", "decode.int4.group32"):
+        x = make_inputs(cases[name], torch.bfloat16, "cpu")
+        if not asked:
+            wrapper = make_wrapper(x, "cpu")
+        else:
+            wrapper.plan(x.kv_indptr, x.kv_indices, x.last_page_len, 4, 2, 64, 16, q_data_type=torch.bfloat16,
+                         kv_data_type=torch.uint8)  # fmt: skip
+        run_case(x, wrapper)
+    wrapper.plan(x.kv_indptr, x.kv_indices, x.last_page_len, 4, 2, 64, 16, q_data_type=torch.bfloat16)
+    assert asked == ["auto", "auto", "fa2", "auto", "auto"], "a plain cache has no scales"

@@ -5,6 +5,7 @@ heads, which are cut into pieces of 16 tokens of one head. One persistent CTA pe
   consumers     8 warps, Gluon's default partition. Warp w attends to pieces of KV head w % heads: to all of them, or,
                 with 4 heads, to every other one, and two warps join their states at the tile's end
   k_loader, v_loader    each 1 warp that issues TMA copies, or 4 warps that gather 16 bytes per thread
+Each role walks the CTA's tiles (hopper/tiles.py) for itself.
 Their copies fill nearly all of shared memory, and run on into the next tiles while consumers are busy elsewhere: bytes
 on their way are what a cache of few bytes a token lacks.
 
@@ -29,9 +30,6 @@ from flashtile.kernels.hopper.compat import gl, gluon
 WAYS = gl.constexpr(8)  # consumer warps
 PIECE = gl.constexpr(16)  # tokens of a piece: the rows of one mma.sync
 ROWS = gl.constexpr(8)  # query heads of a KV head, at most: its columns
-RING = gl.constexpr(
-    16
-)  # tiles in the hand-over ring: where they are of one step, the loader is one for each stage ahead
 GATHERERS = 4  # warps of a loader that gathers
 
 
