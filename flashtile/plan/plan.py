@@ -190,8 +190,10 @@ def position_table(p: Problem) -> npt.NDArray[np.float32]:
     """What the kernels need for a position encoding (see Plan.table), filled up to a multiple of 4 numbers."""
     if p.rope is not None:
         numbers = frequencies(p.head_dim_qk, p.rope)
+    elif p.alibi:
+        numbers = alibi_slopes(p.num_qo_heads)
     else:
-        numbers = alibi_slopes(p.num_qo_heads) if p.alibi else torch.empty(0)
+        return np.empty(0, dtype=np.float32)
     return np.pad(numbers.float().numpy(), (0, -len(numbers) % 4))
 
 

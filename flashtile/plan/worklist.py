@@ -115,9 +115,22 @@ def duration(steps: Ints, tiling: Tiling, cuts: int = 0) -> float:
 
 def pieces_of(steps: Ints, chunk: int) -> Ints:
     """The steps of all pieces, longest first, of tiles that are cut into chunks of so many steps."""
-    whole = np.full(int((steps // chunk).sum()), chunk)
-    rest = (steps % chunk)[(steps % chunk > 0) | (steps == 0)]
-    return np.concatenate([whole, np.sort(rest)[::-1]])
+    whole, rest = np.divmod(steps, chunk)
+    rest = np.sort(rest[(rest > 0) | (steps == 0)])[::-1]
+    return np.concatenate([np.full(int(whole.sum()), chunk), rest])
+
+
+def shortest_chunks(steps: Ints, targets: list[int], longest: int) -> list[int]:
+    """For each target the smallest chunk, in steps, that cuts tiles of these steps into at most so many pieces, by
+    bisection of all at once; no target is below the number of tiles, and no tile has more than `longest` steps."""
+    low, high = np.ones(len(targets), dtype=np.int64), np.full(len(targets), longest)
+    most = np.asarray(targets)
+    while (low < high).any():
+        middle = (low + high) // 2
+        pieces = np.maximum(-(-steps // middle[:, None]), 1).sum(1)
+        enough = pieces <= most
+        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+    return [int(chunk) for chunk in low]
 
 
 def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
@@ -132,24 +145,15 @@ def choose_chunk(lengths: Ints, tiling: Tiling) -> int:
     if longest <= 1:
         return 0
 
-    def count(chunk: int) -> int:
-        return int(np.maximum(-(-steps // chunk), 1).sum())
-
     def cost(chunk: int) -> float:
         pieces = pieces_of(steps, chunk)
         return duration(pieces, tiling, len(pieces) - tiles)
 
     best, best_cost = longest, cost(longest)
     targets = [k * capacity // heads for k in (1, 2, 3, 4)] + [tiles + -(-capacity // heads)]
-    for target in targets:
-        if target <= tiles:
-            continue
-        low, high = 1, longest  # the shortest chunk with at most `target` items
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if count(middle) <= target else (middle + 1, high)
-        if cost(low) < best_cost:
-            best, best_cost = low, cost(low)
+    for chunk in dict.fromkeys(shortest_chunks(steps, [n for n in targets if n > tiles], longest)):
+        if (found := cost(chunk)) < best_cost:
+            best, best_cost = chunk, found
     return 0 if best == longest else best * tiling.block_n
 
 
@@ -213,11 +217,12 @@ def take_turns(items: NDArray[np.int32], tiling: Tiling) -> NDArray[np.int32]:
         done = np.zeros(ctas)
         for r in range(rounds):
             tiles = turns[r, : len(steps) - r * ctas].copy()
-            longest = np.argsort(-steps[tiles], kind="stable")
-            least = np.argsort(done, kind="stable")[: len(tiles)]
+            longest = (-steps[tiles]).argsort(kind="stable")
+            least = done.argsort(kind="stable")[: len(tiles)]
+            tiles = tiles[longest]
             turns[r] = -1
-            turns[r, least] = tiles[longest]
-            done[least] += steps[tiles[longest]]
+            turns[r, least] = tiles
+            done[least] += steps[tiles]
     turns = turns[:, np.argsort(turns[0])]  # now CTA i begins with the list's tile i, and need not read that
     return np.append(tile, -1)[turns].astype(np.int32)
 
