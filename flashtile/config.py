@@ -106,6 +106,13 @@ class Config:
                 f"heads: expected a divisor of num_kv_heads={problem.num_kv_heads}, and a pack of all "
                 f"{problem.group_size} heads of a group, got heads={self.heads}, pack={self.pack}"
             )
+        least = max(128 // self.heads, 16 * PARTS[problem.k_format] if self.heads == 4 else 0)
+        if self.family == "narrow" and (self.block_n % least or self.block_n > 64):
+            raise ValueError(
+                f"block_n: expected a multiple of {least} up to 64 of the narrow family, by {self.heads} heads over "
+                f"{problem.k_format}: each warp takes 16 tokens, and two warps exchange O in a step of K; "
+                f"got {self.block_n}"
+            )
         groups = problem.num_qo_heads // self.pack // self.heads
         return Tiling(
             block_m=self.block_m,
@@ -211,9 +218,8 @@ def narrow_refusal(p: Problem, w: Workload, sm: tuple[int, int]) -> str | None:
 def narrow_takes(scales: Scales) -> bool:
     """Whether the narrow family takes scales and zero points: those of a KV head, and those of a token if all are in
     fp32 or all in fp16."""
-    factors = [f for f in (scales.k, scales.v, scales.k_zero, scales.v_zero) if f is not None]
-    each = {f.values.dtype for f in factors if f.form == "token"}
-    return all(f.form != "group" for f in factors) and each in (set(), {torch.float32}, {torch.float16})
+    grouped = any(f.form == "group" for f in scales.factors())
+    return not grouped and scales.token_dtypes() in (set(), {torch.float32}, {torch.float16})
 
 
 def narrow(p: Problem, w: Workload, sms: int) -> Config:

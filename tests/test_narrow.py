@@ -74,11 +74,14 @@ def test_narrow_rows_fit(batch_size: int, head_dim: int, kv_dtype: torch.dtype, 
     spec = NarrowSpec(p.k_format, words, parts, c.block_n, c.num_stages, c.heads, page_size, page_size != 1)
     scaled = replace(spec, k_form="token", v_form="token")
     most = replace(scaled, k_zero=True, v_zero=True)
-    assert shared_bytes(most) <= SHARED_BYTES - 4096, "besides barriers, the ring, and states that are exchanged"
+    assert shared_bytes(most) <= SHARED_BYTES - 4096, "besides barriers, and states that are exchanged"
     assert shared_bytes(scaled) > SHARED_BYTES * 0.75, "what is not on its way is lost"
     assert empty(spec) + c.num_stages <= 16, "named barriers"
     assert pieces_of_way(spec) >= 1
     assert c.heads == 8 or room(spec) >= parts
+    c.tiling(p, 132)
+    with pytest.raises(ValueError, match="block_n"):
+        replace(c, block_n=8 if c.heads == 8 else 16).tiling(p, 132)
     with pytest.raises(ValueError, match="num_stages"):
         replace(c, num_stages=13)
     with pytest.raises(ValueError, match="heads"):

@@ -623,7 +623,7 @@ def suited(c: Config, scales: Scales) -> Config:
     (cp.async takes 4 at least), so that steps of one warp are best: int4, 64 x 4k tokens 120 us, 148 by two heads.
     Where many tokens' scales are not read, two warps are best: int8, 256 x 1k tokens 193 us, 195 by one.
     """
-    factors = [f for f in (scales.k, scales.v, scales.k_zero, scales.v_zero) if f is not None]
+    factors = scales.factors()
     if c.chained and c.block_n == 128 and (scales.k_zero or any(factor.form == "group" for factor in factors)):
         # keys less a zero point, or times a scale, are fp32 and not turned in chains: four warps would spill
         c = replace(c, num_warps=8) if c.ctas_per_sm == 1 else replace(c, block_n=32, max_registers=168)

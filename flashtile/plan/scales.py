@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,14 @@ class Scales:
     k_zero: Factor | None = None
     v_zero: Factor | None = None
     out: float = 1.0
+
+    def factors(self) -> list[Factor]:
+        """Those that there are."""
+        return [f for f in (self.k, self.v, self.k_zero, self.v_zero) if f is not None]
+
+    def token_dtypes(self) -> set[torch.dtype]:
+        """Of the factors that each token has of its own."""
+        return {f.values.dtype for f in self.factors() if f.form == "token"}
 
 
 NO_SCALES = Scales()

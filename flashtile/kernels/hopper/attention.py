@@ -17,7 +17,8 @@ from flashtile.config import TURNED_DIMS, box_rows, num_sms
 from flashtile.kernels import attention as portable
 from flashtile.kernels import softmax
 from flashtile.kernels.attention import launch_merge
-from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier
+from flashtile.kernels.hopper.barriers import barriers
+from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon
 from flashtile.kernels.hopper.lazy import GROWTH
 from flashtile.kernels.hopper.loader import qk_loader, v_loader
 from flashtile.kernels.hopper.mainloop import consumer
@@ -41,7 +42,6 @@ from flashtile.testing.compile import CompileCase
 
 LOG2_E: float = softmax.LOG2_E.value
 I32, I64, F32 = gl.int32, gl.int64, gl.float32
-BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 
 
 @gluon.jit
@@ -51,15 +51,6 @@ def buffers(dtype: gl.constexpr, SLOTS: gl.constexpr, ROWS_EACH: gl.constexpr, D
     for p in gl.static_range(num_pieces(DIM)):
         out = out + (gl.allocate_shared_memory(dtype, [SLOTS, ROWS_EACH, piece(DIM, p)], rows_layout(DIM)),)
     return out
-
-
-@gluon.jit
-def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SLOTS mbarriers of ARRIVALS arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
 
 
 # Arguments that vary from call to call: no variant of its own for 1 or for multiples of 16. What is only used in

@@ -3,6 +3,17 @@
 from flashtile.kernels.hopper.compat import gl, gluon, mbarrier
 from flashtile.kernels.hopper.spec import turn
 
+BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
+    """SLOTS mbarriers of ARRIVALS arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
 
 @gluon.jit
 def named_wait(i, THREADS: gl.constexpr):

@@ -22,7 +22,7 @@ from functools import cache
 from torch import Tensor
 
 from flashtile.config import GemmConfig, num_sms
-from flashtile.kernels.hopper.barriers import wait_full
+from flashtile.kernels.hopper.barriers import barriers, wait_full
 from flashtile.kernels.hopper.compat import (
     TensorDescriptor,
     fence_async_shared,
@@ -41,7 +41,6 @@ ROWS = gl.constexpr(64)  # of a consumer: one wgmma
 PART = gl.constexpr(64)  # columns of 16-bit values in 128 bytes, one swizzled row of shared memory
 RING = gl.constexpr(4)  # tiles that the loader may hand over ahead
 WARP = gl.constexpr(32)
-BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of the loader: one value per lane
 # Fields of a tile: first row and column in the output; rows of the segment from there on; steps of the product, -1
 # after the last tile
@@ -276,15 +275,6 @@ def consumer(W: gl.constexpr, smem, bars, out, factors, d_out, C: gl.constexpr):
             mbarrier.arrive(empty.index((it + C.stages - 1) % C.stages), count=1, pred=steps > 0)
             store_tile(acc, row, col, left, out, factor, beta, d_out, out_bufs, W, C)
     tma_store_wait(0)
-
-
-@gluon.jit
-def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SLOTS mbarriers of ARRIVALS arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_segments", "d_out", "x_step", "weight_step", "out_step"])

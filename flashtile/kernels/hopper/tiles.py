@@ -89,7 +89,7 @@ def first_turn(work, C: gl.constexpr):
 
 @gluon.jit
 def fetch(work, t, WARPS: gl.constexpr):
-    """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 for no tile. WARPS: of the loader."""
+    """Start to read the entry of tile t: [32] int32, field i in lane i; all -1 for no tile. WARPS: of the role."""
     items_ptr, turns_ptr, heads_per_item, inverse_heads, inverse_groups = work
     entry = divide(t, inverse_heads).to(gl.int64)
     lane = gl.arange(0, WARP, layout=lane_layout(WARPS))

@@ -1,8 +1,8 @@
 """Decode over narrow caches on Hopper, behind the portable family's launcher.
 
-The kernel's roles are in loader.py and consumer.py; what it is specialised on, and its barriers, in spec.py. Items and
-partial states are as the portable family's: where a layer's tensors or scales do not suit the kernel, that family runs
-the same plan.
+The kernel's roles are in loader.py and consumer.py; what it is specialised on, and its barriers, in spec.py. Partial
+states are as the portable family's, whose merge joins them. Where a layer's tensors or scales do not suit the kernel,
+that family takes over, with a plan of its own.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from flashtile.kernels import attention as portable
 from flashtile.kernels import softmax
 from flashtile.kernels.attention import launch_merge, words
 from flashtile.kernels.hopper.attention import copyable
-from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, mbarrier, reinterpret
+from flashtile.kernels.hopper.barriers import barriers
+from flashtile.kernels.hopper.compat import TensorDescriptor, gl, gluon, reinterpret
 from flashtile.kernels.hopper.narrow.consumer import consumer
 from flashtile.kernels.hopper.narrow.loader import loader
 from flashtile.kernels.hopper.narrow.spec import (
@@ -42,22 +43,12 @@ from flashtile.plan.scales import NO_SCALES, Factor, Scales
 from flashtile.testing.compile import CompileCase
 
 LOG2_E: float = softmax.LOG2_E.value
-BARRIER = gl.constexpr(mbarrier.MBarrierLayout())
 # Arguments that vary from call to call: no variant of its own for 1 or for multiples of 16
 RUNTIME = (
     "q_token", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "ks_page", "ks_token", "ks_head",
     "vs_page", "vs_token", "vs_head", "kz_page", "kz_token", "kz_head", "vz_page", "vz_token", "vz_head", "stride_on",
     "stride_oh", "num_heads", "num_groups", "heads_per_item", "inverse_heads", "group", "window_left",
 )  # fmt: skip
-
-
-@gluon.jit
-def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SLOTS mbarriers of ARRIVALS arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
 
 
 @gluon.jit
@@ -196,12 +187,6 @@ def portable_plan(plan: Plan, room: int) -> Plan:
     return found
 
 
-def token_dtypes(scales: Scales) -> set[torch.dtype]:
-    """Of the factors that each token has of its own: at most one."""
-    factors = (scales.k, scales.v, scales.k_zero, scales.v_zero)
-    return {f.values.dtype for f in factors if f is not None and f.form == "token"}
-
-
 def spec_of(plan: Plan, k: torch.Tensor, v: torch.Tensor, scales: Scales, has_sinks: bool) -> NarrowSpec:
     """The variant for a plan and the tensors of a layer."""
     p, c = plan.problem, plan.config
@@ -211,8 +196,8 @@ def spec_of(plan: Plan, k: torch.Tensor, v: torch.Tensor, scales: Scales, has_si
         heads=c.heads, page_size=p.page_size, boxes=boxable(k, p.page_size) and boxable(v, p.page_size),
         by_heads=p.kv_heads_first, k_form=scales.k.form if scales.k else "none",
         v_form=scales.v.form if scales.v else "none", k_zero=scales.k_zero is not None,
-        v_zero=scales.v_zero is not None, half=torch.float16 in token_dtypes(scales), left=p.window_left >= 0,
-        soft_cap=p.logits_soft_cap > 0, sinks=has_sinks, split=plan.num_merges > 0,
+        v_zero=scales.v_zero is not None, half=torch.float16 in scales.token_dtypes(), left=p.window_left >= 0,
+        soft_cap=p.logits_soft_cap > 0, sinks=has_sinks,
     )  # fmt: skip
 
 
@@ -290,7 +275,7 @@ def compile_cases() -> Iterator[CompileCase]:
     int8 = NarrowSpec("int8", 64, 2, 64, 3, 4, 16, True, k_form="token", v_form="token")
     fp8 = NarrowSpec("e4m3", 64, 2, 64, 3, 4, 16, True)
     rows = {"page_size": 1, "boxes": False}
-    every = {"left": True, "soft_cap": True, "sinks": True, "split": True}
+    every = {"left": True, "soft_cap": True, "sinks": True}
     zeros = {"k_zero": True, "v_zero": True}
     eight8, eight4 = {"heads": 8, "block_n": 32}, {"heads": 8, "stages": 3}
     specs = {
@@ -308,7 +293,7 @@ def compile_cases() -> Iterator[CompileCase]:
         "int8.all": replace(int8, **every), "int8.mixed": replace(int8, k_form="head"),
         "int8.rows.hnd": replace(int8, **every, by_heads=True, page_size=8, boxes=False),
         "fp8": fp8, "fp8.eight": replace(fp8, **eight8), "fp8.rows": replace(fp8, **eight8, **rows),
-        "fp8.all": replace(fp8, **every), "fp8.ragged": replace(fp8, page_size=0, split=True),
+        "fp8.all": replace(fp8, **every), "fp8.ragged": replace(fp8, page_size=0),
         "fp8.dim64": replace(fp8, words=32), "e5m2": replace(fp8, kv_format="e5m2", k_form="head", v_form="head"),
         "e5m2.token": replace(fp8, kv_format="e5m2", k_form="token", v_form="token", **every),
     }  # fmt: skip

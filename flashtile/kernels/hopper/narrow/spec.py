@@ -62,7 +62,6 @@ class NarrowSpec:
     left: bool = False
     soft_cap: bool = False
     sinks: bool = False
-    split: bool = False
 
 
 @gluon.constexpr_function
