@@ -5,6 +5,7 @@ Where each token has its own scale of V, its exponent joins the logit, so that w
 fits fp16 whatever the scales are (as in the portable family).
 """
 
+from flashtile.kernels.attention import split_scale
 from flashtile.kernels.hopper import tiles
 from flashtile.kernels.hopper.barriers import named_arrive, wait_full
 from flashtile.kernels.hopper.compat import fence_async_shared, gl, gluon, mma_v2
@@ -60,14 +61,6 @@ def load_query(source, q_begin, head, group, C: gl.constexpr):
         q = q + (x,)
     ROW: gl.constexpr = gl.SliceLayout(1, mma_layout())
     return q, gl.convert_layout(total, ROW), gl.convert_layout(unit, ROW)
-
-
-@gluon.jit
-def split_scale(scale):
-    """A scale as mantissa * 2**power: power, 2**-power and the mantissa, fp32; the power is at least -100."""
-    bits = gl.maximum(scale.to(gl.int32, bitcast=True) & 0x7F800000, 27 << 23)
-    inverse = ((254 << 23) - bits).to(gl.float32, bitcast=True)
-    return (bits >> 23).to(gl.float32) - 127.0, inverse, scale * inverse
 
 
 @gluon.jit
